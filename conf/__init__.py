@@ -1,0 +1,1 @@
+"""Settings: YAML experiments and the frozen models that validate them."""

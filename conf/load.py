@@ -1,0 +1,145 @@
+"""Read an experiment: a YAML file, `key=value` overrides, one validated `Experiment`."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from conf.schema import Experiment
+from router_models.errors import ConfigError, unknown_name
+
+EXPERIMENTS = Path(__file__).parent / "experiments"
+DEFAULT = "embedded"
+
+
+def load_experiment(config: str | Path = DEFAULT, overrides: tuple[str, ...] = ()) -> Experiment:
+    """Return the experiment called ``config``, or in that file, with ``overrides`` applied.
+
+    An override is `dotted.key=value`, its value read as YAML. List entries are addressed by their
+    name or position: `llms.smollm2.decoding.max_tokens=32`, `pairs.0.weak=smollm2`.
+
+    Raises ConfigError for a file that is missing or no YAML, and for unknown or bad settings.
+    """
+    path = experiment_path(config)
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} is not readable as YAML: {error}. Expected UTF-8 YAML. Correct the file."
+        ) from error
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"{path} holds {type(settings).__name__}. Expected a mapping of settings. "
+            f"Start from {EXPERIMENTS / 'embedded.yaml'}."
+        )
+    for override in overrides:
+        apply_override(settings, override)
+    return validated(settings, where=str(path))
+
+
+def experiment_path(config: str | Path) -> Path:
+    """Return the file of an experiment given by name or by path."""
+    path = Path(config)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.exists():
+            raise ConfigError(
+                f"There is no file {path}. Expected an experiment in YAML. Correct the path, or "
+                f"name one of the bundled experiments: {', '.join(bundled())}."
+            )
+        return path
+    if str(config) not in bundled():
+        raise ConfigError(unknown_name("experiment", str(config), bundled()))
+    return EXPERIMENTS / f"{config}.yaml"
+
+
+def bundled() -> list[str]:
+    """Return the names of the experiments that come with Turnout."""
+    return sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
+
+
+def apply_override(settings: dict[str, Any], override: str) -> None:
+    """Set one `dotted.key=value` in ``settings``, in place.
+
+    >>> settings = {"llms": [{"name": "small", "decoding": {}}]}
+    >>> apply_override(settings, "llms.small.decoding.max_tokens=32")
+    >>> settings
+    {'llms': [{'name': 'small', 'decoding': {'max_tokens': 32}}]}
+    """
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(
+            f"{override!r} is no override. Expected key=value, such as generation.samples=4. "
+            "Write it so."
+        )
+    node: Any = settings
+    *parents, last = key.split(".")
+    for part in parents:
+        node = _child(node, part, key)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"The value of {override!r} is not readable as YAML: {error}. Expected a number, a "
+            "word, or a [list]. Quote it."
+        ) from error
+    if isinstance(node, list):
+        node[_position(node, last, key)] = parsed
+    else:
+        node[last] = parsed
+
+
+def _child(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_position(node, part, key)]
+    child = node.setdefault(part, {})
+    if not isinstance(child, dict | list):
+        raise ConfigError(
+            f"{key!r} goes through {part!r}, which is the plain value {child!r}. Expected a group "
+            "of settings there. Correct the key."
+        )
+    return child
+
+
+def _position(entries: list[Any], part: str, key: str) -> int:
+    names = [
+        str(entry.get("name", index)) if isinstance(entry, dict) else str(index)
+        for index, entry in enumerate(entries)
+    ]
+    if part in names:
+        return names.index(part)
+    if part.isdecimal() and int(part) < len(entries):
+        return int(part)
+    raise ConfigError(unknown_name(f"entry of {key!r}", part, names))
+
+
+def validated(settings: dict[str, Any], *, where: str) -> Experiment:
+    """Return the experiment that ``settings`` describe, or say what is wrong with them."""
+    try:
+        return Experiment.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(_readable(error, where)) from error
+
+
+def _readable(error: ValidationError, where: str) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        location = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{location}: no such setting (got {problem['input']!r})")
+        else:
+            lines.append(f"{location}: {problem['msg']} (got {problem['input']!r})")
+    return (
+        f"{len(lines)} setting(s) in {where} cannot be used:\n  "
+        + "\n  ".join(lines)
+        + "\nExpected the settings that conf/schema.py describes. Correct them and run again."
+    )
+
+
+def config_digest(settings: Any) -> str:
+    """Return a short hash of settings (a model or plain JSON values), the same on every machine."""
+    plain = settings.model_dump(mode="json") if hasattr(settings, "model_dump") else settings
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

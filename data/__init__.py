@@ -1,0 +1,1 @@
+"""Hold the bundled geography question set and the script that renders it."""

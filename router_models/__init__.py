@@ -1,0 +1,1 @@
+"""LLM routers and the mathematics under them; importable without Prefect and MLflow."""

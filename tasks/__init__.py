@@ -1,0 +1,1 @@
+"""One module per stage of the pipeline: plain functions, and the Prefect tasks that run them."""
