@@ -231,16 +231,16 @@ class Labels(Settings):
 
 
 class Trainer(Settings):
-    """How Lightning trains: passed to its Trainer."""
+    """How Lightning trains. The defaults suit the packaged encoder and a few hundred queries."""
 
-    max_epochs: PositiveInt = 5
+    max_epochs: PositiveInt = 4
     patience: PositiveInt = 2
     """Epochs without a better validation loss before training stops."""
     batch_size: PositiveInt = 16
     """Queries in one step, on each device."""
-    learning_rate: float = Field(default=5e-5, gt=0)
+    learning_rate: float = Field(default=2e-4, gt=0)
     """Peak rate of the encoder's own weights, after the warm-up."""
-    head_learning_rate: float = Field(default=1e-3, gt=0)
+    head_learning_rate: float = Field(default=2e-3, gt=0)
     """Peak rate of the layer on top, which starts from zero."""
     weight_decay: NonNegativeFloat = 0.01
     warmup_share: Share = 0.1
@@ -260,8 +260,8 @@ class Hybrid(Settings):
     labels: Literal["deterministic", "probabilistic", "transformed"] = "transformed"
     encoder: str = "minilm"
     """`minilm` for the packaged MiniLM-L6, a hub name, or a local folder."""
-    trained_layers: PositiveInt | None = None
-    """How many of the encoder's last layers are trained; without it all, embeddings included."""
+    trained_layers: PositiveInt | None = 2
+    """How many of the encoder's last layers are trained; null for all, embeddings included."""
     max_length: PositiveInt = 256
     """Longest query, in tokens; the rest is cut off."""
     dropout: Share = 0.1
@@ -276,10 +276,19 @@ class Knn(Settings):
     name: str = "knn"
     labels: Literal["deterministic", "probabilistic", "transformed"] = "probabilistic"
     encoder: str = "minilm"
-    neighbours: tuple[PositiveInt, ...] = (5, 10, 20, 40, 80)
+    """`minilm`, a hub name, a local folder, or `openai:<base_url>#<model>` for an endpoint."""
+    encoder_cache: Path | None = None
+    """Folder where computed embeddings are kept between runs."""
+    neighbours: tuple[PositiveInt, ...] = Field(default=(5, 10, 20, 40, 80, 160, 320), min_length=1)
     """Candidates; the one with the best leave-one-out loss on the training part is taken."""
-    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (0.02, 0.05, 0.1, 0.3)
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(0.02, 0.05, 0.1, 0.3), min_length=1
+    )
     """Candidates for the softmax temperature of the similarity weights."""
+    prior_counts: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(1.0, 4.0, 16.0), min_length=1
+    )
+    """Candidates for how many average neighbours every query is given."""
 
 
 class Length(Settings):
@@ -298,7 +307,44 @@ class Random(Settings):
     labels: Literal["deterministic", "probabilistic", "transformed"] = "probabilistic"
 
 
-Router = Annotated[Hybrid | Knn | Length | Random, Field(discriminator="router")]
+class MatrixFactorization(Settings):
+    """RouteLLM's matrix factorisation: a vector for every LLM, on frozen embeddings."""
+
+    router: Literal["mf"] = "mf"
+    name: str = "mf"
+    labels: Literal["deterministic", "probabilistic", "transformed"] = "probabilistic"
+    encoder: str = "minilm"
+    """`minilm`, a hub name, a local folder, or `openai:<base_url>#<model>` for an endpoint."""
+    encoder_cache: Path | None = None
+    """Folder where computed embeddings are kept between runs."""
+    dimension: PositiveInt = 128
+    """Length of the LLMs' vectors."""
+    noise: NonNegativeFloat = 1.0
+    """Mean length of what is added to embeddings, whose own length is 1, in training only."""
+    trainer: Trainer = Trainer(
+        max_epochs=15, patience=4, batch_size=1024, learning_rate=3e-3, weight_decay=1.0
+    )
+    """`batch_size` is an upper bound: few battles come in smaller batches. One rate for all."""
+
+
+class SimilarityWeighted(Settings):
+    """RouteLLM's similarity-weighted ranking: Bradley-Terry ratings for every query."""
+
+    router: Literal["sw_ranking"] = "sw_ranking"
+    name: str = "sw-ranking"
+    labels: Literal["deterministic", "probabilistic", "transformed"] = "probabilistic"
+    encoder: str = "minilm"
+    """`minilm`, a hub name, a local folder, or `openai:<base_url>#<model>` for an endpoint."""
+    encoder_cache: Path | None = None
+    """Folder where computed embeddings are kept between runs."""
+    tiers: int = Field(default=10, ge=2)
+    """Groups of about equally strong LLMs; with fewer LLMs, each is a group of its own."""
+
+
+Router = Annotated[
+    Hybrid | Knn | Length | Random | MatrixFactorization | SimilarityWeighted,
+    Field(discriminator="router"),
+]
 
 
 class Evaluation(Settings):

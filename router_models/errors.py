@@ -39,6 +39,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     "Unknown router 'knm'. Did you mean 'knn'? Known: knn, mf."
     """
     names = sorted(known)
-    near = get_close_matches(name, names, n=1)
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     return f"Unknown {kind} {name!r}.{guess} Known: {', '.join(names)}."

@@ -6,7 +6,7 @@ vertices lie only between distinct win rates, and straight lines join them (what
 the tied queries gives on average). Nothing is sampled at quantiles.
 
 Sources: PGR, APGR, CPT: RouteLLM, arXiv 2406.18665, section 3. Quality drop at a cost advantage:
-Hybrid LLM, arXiv 2404.14618, section 4. AIQ: RouterBench, arXiv 2403.12031, section 3.
+Hybrid LLM, arXiv 2404.14618, section 4. AIQ: RouterBench, arXiv 2403.12031.
 
 Cost is always the share of queries sent to the strong LLM, in [0, 1]. Where the strong LLM is not
 better than the weak one there is no gap to recover, and PGR, APGR and CPT are NaN (`Frontier.gap`
@@ -58,13 +58,13 @@ METRICS: dict[str, Metric] = {
     "quality_drop_at_20": Metric("quality lost with 20 % of the queries on the weak LLM", False),
     "quality_drop_at_40": Metric("quality lost with 40 % of the queries on the weak LLM", False),
     "quality_drop_pct_at_10": Metric(
-        "the same in % of all-strong quality, 10 % weak", False, _NO_PERCENT
+        "quality lost in % of all-strong, 10 % on the weak LLM", False, _NO_PERCENT
     ),
     "quality_drop_pct_at_20": Metric(
-        "the same in % of all-strong quality, 20 % weak", False, _NO_PERCENT
+        "quality lost in % of all-strong, 20 % on the weak LLM", False, _NO_PERCENT
     ),
     "quality_drop_pct_at_40": Metric(
-        "the same in % of all-strong quality, 40 % weak", False, _NO_PERCENT
+        "quality lost in % of all-strong, 40 % on the weak LLM", False, _NO_PERCENT
     ),
     "aiq": Metric("area under the non-decreasing hull of the cost-quality curve", True),
     "weak_quality": Metric("mean quality with every query on the weak LLM", True),
@@ -149,7 +149,7 @@ class Frontier:
     def aiq(self) -> float:
         """Return the area under the non-decreasing upper hull of the curve, over costs [0, 1].
 
-        RouterBench, arXiv 2403.12031, section 3: mixing two thresholds at random attains every
+        RouterBench, arXiv 2403.12031: mixing two thresholds at random attains every
         point between them, hence the hull; and more money never has to buy less quality, hence
         non-decreasing. Their costs are scaled to [0, 1], so c_max − c_min = 1.
         """
@@ -416,7 +416,7 @@ def upper_hull(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return the vertices of the upper convex hull of points with ascending ``x``, in O(n).
 
     The hull is the least concave majorant; its slopes are the decreasing isotonic regression of
-    the points' slopes (Barlow et al. 1972, theorem 1.1), whose blocks end at its vertices.
+    the points' slopes (Barlow et al. 1972), whose blocks end at its vertices.
 
     >>> upper_hull(np.array([0.0, 1.0, 2.0, 3.0]), np.array([0.0, 0.0, 2.0, 1.0]))
     (array([0., 2., 3.]), array([0., 2., 1.]))

@@ -37,7 +37,7 @@ MIGRATIONS = (
     );
     CREATE TABLE responses (
         prompt_id VARCHAR, sample_index INTEGER, llm VARCHAR NOT NULL, text VARCHAR,
-        finish_reason VARCHAR, prompt_tokens INTEGER, completion_tokens INTEGER, cost_usd DOUBLE,
+        finish_reason VARCHAR, prompt_tokens INTEGER, completion_tokens INTEGER, billed_usd DOUBLE,
         latency_ms DOUBLE, seed BIGINT, error VARCHAR, created_at TIMESTAMPTZ,
         PRIMARY KEY (prompt_id, sample_index)
     );

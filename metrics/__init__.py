@@ -1,0 +1,1 @@
+"""Hugging Face `evaluate` modules: one folder each, loaded by `evaluate.load("metrics/NAME")`."""

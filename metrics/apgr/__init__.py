@@ -1,0 +1,1 @@
+"""APGR: an `evaluate` module, `evaluate.load("metrics/apgr")`."""

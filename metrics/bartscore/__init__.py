@@ -1,0 +1,1 @@
+"""BARTScore: the mean log-likelihood per token of one text given another."""

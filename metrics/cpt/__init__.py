@@ -1,0 +1,1 @@
+"""CPT: an `evaluate` module, `evaluate.load("metrics/cpt")`."""

@@ -1,0 +1,1 @@
+"""Serving: the MLflow model of a router, and what loads it."""

@@ -1,0 +1,195 @@
+"""Evaluation: every router, random and the oracle on the same queries, with paired intervals."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from prefect import task
+
+from conf.load import config_digest
+from conf.schema import Evaluation, Pair, Store
+from router_models.errors import DataError
+from router_models.frontier import oracle_win_rate, quality_at
+from router_models.statistics import Bootstrap, Estimate, bootstrap_metrics
+from tasks import tracking
+from tasks.labelling import LabelSet, paired_qualities
+from tasks.training import TrainedRouter
+from tasks.warehouse import Snapshot, Warehouse
+
+ORACLE = "oracle"
+CONTROLS = ("random", "length", ORACLE)
+WEAK_SHARES_PERCENT = (10, 20, 40)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the routers of one pair did on the same queries under one quality metric."""
+
+    pair: Pair
+    metric: str
+    queries: int
+    out_of_fold: bool
+    """Whether predictions are out-of-fold over all queries instead of on a held-out test split."""
+    test_digest: str
+    """Hash of the evaluated queries and their qualities: equal digests may be compared."""
+    estimates: Mapping[str, Mapping[str, Estimate]]
+    """Router → metric → value with interval."""
+    runs: Mapping[str, str]
+    """Router → MLflow run id."""
+    table: Snapshot
+    """query_key, query_id, text, domain, both LLMs' qualities and each router's win rate."""
+    best: str
+    """The router, controls left out, with the highest APGR."""
+
+
+@task(task_run_name="compare routers of {label_set.pair.weak}")
+def compare_routers(
+    store: Store,
+    label_set: LabelSet,
+    trained: Sequence[TrainedRouter],
+    responses: Snapshot,
+    *,
+    metric: str,
+    settings: Evaluation,
+    seed: int,
+    parent_id: str,
+) -> Comparison:
+    """Evaluate all routers of a pair against each other and log the numbers to their runs."""
+    table = evaluated_queries(label_set, trained)
+    weak, strong = table["weak_quality"].to_numpy(), table["strong_quality"].to_numpy()
+    names = [*(router.name for router in trained), ORACLE]
+    win_rates = {name: table[name].to_numpy() for name in names}
+    bootstrap = bootstrap_metrics(
+        win_rates, weak, strong, replicates=settings.replicates, seed=seed
+    )
+    estimates = {name: bootstrap.estimates(name, level=settings.confidence) for name in names}
+    tags = {"turnout.pair": label_set.pair.name(), "turnout.kind": ORACLE}
+    with tracking.child_run(store, parent_id, ORACLE, tags=tags) as oracle_run:
+        runs = {**{router.name: router.run_id for router in trained}, ORACLE: oracle_run}
+    warehouse = Warehouse(store.directory)
+    savings = saved_usd_per_1000(warehouse, table, responses, win_rates, pair=label_set.pair)
+    for name in names:
+        tracking.log_metrics(store, runs[name], {**flat(estimates[name]), **savings[name]})
+    return Comparison(
+        pair=label_set.pair,
+        metric=metric,
+        queries=table.num_rows,
+        out_of_fold=table.num_rows == label_set.labels.rows,
+        test_digest=config_digest([table["query_key"].to_pylist(), weak.tolist(), strong.tolist()]),
+        estimates=estimates,
+        runs=runs,
+        table=warehouse.write_snapshot("evaluation", table),
+        best=_best(bootstrap, trained),
+    )
+
+
+def evaluated_queries(label_set: LabelSet, trained: Sequence[TrainedRouter]) -> pa.Table:
+    """Return the predicted queries, ordered by id, with qualities and each router's win rate."""
+    labels = label_set.labels.read()
+    columns = ["query_key", "query_id", "text", "domain", "weak_quality", "strong_quality"]
+    predictions = [router.predictions.read() for router in trained]
+    row_of = {key: row for row, key in enumerate(labels["query_key"].to_pylist())}
+    rows = np.sort([row_of[key] for key in predictions[0]["query_key"].to_pylist()])
+    table = labels.select(columns).take(rows)
+    keys = table["query_key"].to_pylist()
+    for router, predicted in zip(trained, predictions, strict=True):
+        rate = dict(
+            zip(predicted["query_key"].to_pylist(), predicted["win_rate"].to_pylist(), strict=True)
+        )
+        if rate.keys() != set(keys):
+            raise DataError(
+                f"{router.name} predicted {len(rate)} queries, {trained[0].name} {len(keys)}. "
+                "Expected the same queries for every router. Train them in one run."
+            )
+        table = table.append_column(router.name, pa.array([rate[key] for key in keys]))
+    oracle = oracle_win_rate(table["weak_quality"].to_numpy(), table["strong_quality"].to_numpy())
+    return table.append_column(ORACLE, pa.array(oracle))
+
+
+def saved_usd_per_1000(
+    warehouse: Warehouse,
+    table: pa.Table,
+    responses: Snapshot,
+    win_rates: Mapping[str, np.ndarray],
+    *,
+    pair: Pair,
+) -> dict[str, dict[str, float]]:
+    """Return, for each router, US dollars saved per 1,000 queries against all-strong.
+
+    At 10, 20 and 40 % of the queries on the weak LLM; one response a query, priced as configured.
+    """
+    rows = warehouse.query(
+        "SELECT llm, query_key, avg(cost_usd) AS usd FROM read_parquet($responses) "
+        "WHERE llm IN ($weak, $strong) GROUP BY llm, query_key",
+        {"responses": str(responses.path), "weak": pair.weak, "strong": pair.strong},
+    ).to_pylist()
+    usd = {(row["llm"], row["query_key"]): row["usd"] for row in rows}
+    keys = table["query_key"].to_pylist()
+    weak, strong = (np.array([usd[llm, key] for key in keys]) for llm in (pair.weak, pair.strong))
+    return {
+        name: {
+            f"saved_usd_per_1000_at_{share}": 1000
+            * float(strong.mean() - quality_at(rate, weak, strong, 1 - share / 100))
+            for share in WEAK_SHARES_PERCENT
+        }
+        for name, rate in win_rates.items()
+    }
+
+
+def flat(estimates: Mapping[str, Estimate], prefix: str = "") -> dict[str, float]:
+    """Return metrics under their names, with _low and _high for the ends of the interval."""
+    metrics: dict[str, float] = {}
+    for name, estimate in estimates.items():
+        metrics[f"{prefix}{name}"] = estimate.value
+        metrics[f"{prefix}{name}_low"] = estimate.interval.low
+        metrics[f"{prefix}{name}_high"] = estimate.interval.high
+    return metrics
+
+
+def reported_metric(
+    store: Store,
+    comparison: Comparison,
+    queries: Snapshot,
+    scores: Snapshot,
+    *,
+    metric: str,
+    settings: Evaluation,
+    seed: int,
+) -> Mapping[str, Mapping[str, Estimate]]:
+    """Evaluate the same routers under another quality metric, logged as `metric/apgr` and so on."""
+    rows, weak, strong = paired_qualities(
+        Warehouse(store.directory), queries, scores, pair=comparison.pair, metric=metric
+    )
+    row_of = {key: row for row, key in enumerate(rows["query_key"].to_pylist())}
+    table = comparison.table.read()
+    scored = [key in row_of for key in table["query_key"].to_pylist()]
+    table = table.filter(pa.array(scored))
+    if table.num_rows == 0:
+        return {}
+    at = [row_of[key] for key in table["query_key"].to_pylist()]
+    bootstrap = bootstrap_metrics(
+        {name: table[name].to_numpy() for name in comparison.runs},
+        weak.mean(axis=1)[at],
+        strong.mean(axis=1)[at],
+        replicates=settings.replicates,
+        seed=seed,
+    )
+    estimates = {
+        name: bootstrap.estimates(name, level=settings.confidence) for name in comparison.runs
+    }
+    for name, run_id in comparison.runs.items():
+        tracking.log_metrics(store, run_id, flat(estimates[name], prefix=f"{metric}/"))
+    return estimates
+
+
+def _best(bootstrap: Bootstrap, trained: Sequence[TrainedRouter]) -> str:
+    candidates = [router.name for router in trained if router.settings.router not in CONTROLS]
+    apgr = {name: bootstrap.point[name]["apgr"] for name in candidates}
+    if not candidates:
+        raise DataError(
+            f"Only controls were trained: {[router.name for router in trained]}. Expected at "
+            "least one router. Add one under routers."
+        )
+    # With no gap to recover every APGR is NaN; the first router stands in and the gate rejects it.
+    return max(candidates, key=lambda name: -np.inf if np.isnan(apgr[name]) else apgr[name])

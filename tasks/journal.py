@@ -1,0 +1,147 @@
+"""The journal: responses are on disk the moment they arrive, and in the warehouse a little later.
+
+One JSON line for each request's responses, in one write. A journal is deleted only after its rows
+are committed; one that a living process still writes to is locked and left alone.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from router_models.errors import StoreError
+from tasks.warehouse import Warehouse
+
+Row = dict[str, Any]
+SCHEMA = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("llm", pa.string(), nullable=False),
+        ("text", pa.string()),
+        ("finish_reason", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("completion_tokens", pa.int32()),
+        ("billed_usd", pa.float64()),
+        ("latency_ms", pa.float64()),
+        ("seed", pa.int64()),
+        ("error", pa.string()),
+        pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
+BATCH_ROWS = 20_000
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def open_journal(warehouse: Warehouse) -> Iterator[Callable[[Sequence[Row]], None]]:
+    """Yield a function that writes down rows of the responses table, durable when it returns.
+
+    Durable against the end of this process in any way; raises StoreError when the disk is full.
+    """
+    with _locked_new_file(_directory(warehouse)) as file:
+
+        def write(rows: Sequence[Row]) -> None:
+            line = json.dumps(list(rows)).encode() + b"\n"
+            start = file.tell()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                file.truncate(start)  # so that a later line does not continue half of this one
+                file.seek(start)
+                raise StoreError(
+                    f"Writing {file.name} failed: {error}. Expected room on the disk. Free some "
+                    "space and run again; what was received before is kept."
+                ) from error
+
+        yield write
+
+
+@contextmanager
+def _locked_new_file(directory: Path) -> Iterator[FileIO]:
+    directory.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = directory / f"{time.time_ns()}-{os.getpid()}.jsonl"
+        with FileIO(path, "x") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Between opening and locking another process may have recovered and deleted it.
+            if path.exists():
+                yield file
+                return
+
+
+def recover_journals(warehouse: Warehouse) -> int:
+    """Ingest every journal that no process is writing; return how many rows were new."""
+    return sum(_recover(warehouse, path) for path in sorted(_directory(warehouse).glob("*.jsonl")))
+
+
+def _recover(warehouse: Warehouse, path: Path) -> int:
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed by the with statement below
+    except FileNotFoundError:
+        return 0  # another process was quicker
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return 0
+        new = 0
+        batch: list[Row] = []
+        damaged = []
+        for line in file:
+            if not line.endswith(b"\n"):
+                break  # cut off by a kill, before anyone was told that it was kept
+            rows = _parsed(line)
+            if rows is None:
+                damaged.append(line)
+                continue
+            batch += rows
+            if len(batch) >= BATCH_ROWS:
+                new += _ingest(warehouse, batch)
+                batch = []
+        new += _ingest(warehouse, batch)
+        if damaged:
+            _set_aside(path, damaged)
+        path.unlink(missing_ok=True)
+    return new
+
+
+def _ingest(warehouse: Warehouse, rows: list[Row]) -> int:
+    return warehouse.ingest("responses", pa.Table.from_pylist(rows, schema=SCHEMA))
+
+
+def _parsed(line: bytes) -> list[Row] | None:
+    """Return the line's rows, or None if it does not hold rows of the table."""
+    try:
+        rows = [
+            {**row, "created_at": datetime.fromisoformat(row["created_at"])}
+            for row in json.loads(line)
+        ]
+        pa.Table.from_pylist(rows, schema=SCHEMA).validate(full=True)
+    except (ValueError, TypeError, LookupError, pa.ArrowException):
+        return None
+    required = [field.name for field in SCHEMA if not field.nullable]
+    complete = all(row.get(name) is not None for row in rows for name in required)
+    return rows if rows and complete else None
+
+
+def _set_aside(path: Path, damaged: Sequence[bytes]) -> None:
+    aside = path.with_suffix(".damaged")
+    aside.write_bytes(b"".join(damaged))
+    _log.warning("%d lines of %s are no responses; they lie in %s", len(damaged), path, aside)
+
+
+def _directory(warehouse: Warehouse) -> Path:
+    return warehouse.directory / "journal"

@@ -1,0 +1,311 @@
+"""Reports: the leaderboard of LLMs, the comparison of routers, and what to do next.
+
+The same numbers go to the terminal, to Prefect as artifacts and to the MLflow parent run.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.context import FlowRunContext
+
+from conf.schema import LLM, Experiment, Pair
+from router_models.statistics import Estimate, auc_interval, mean_interval
+from tasks import tracking
+from tasks.evaluation import Comparison, flat, reported_metric
+from tasks.figures import pair_figures
+from tasks.gate import Receipt
+from tasks.labelling import LabelSet
+from tasks.warehouse import Snapshot, Warehouse
+
+SHOWN = ("apgr", "cpt_50", "cpt_80", "quality_drop_pct_at_20", "quality_drop_pct_at_40")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One LLM's line of the leaderboard."""
+
+    llm: str
+    responses: int
+    missing: int
+    quality: Mapping[str, Estimate]
+    """Metric name → mean over queries with its interval."""
+    cost_usd_per_1000: float
+    """For 1,000 queries with one response each."""
+    latency_ms: float
+    """Median time of a request."""
+    prompt_tokens: float
+    completion_tokens: float
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """All configured LLMs side by side, best label metric first."""
+
+    label_metric: str
+    standings: tuple[Standing, ...]
+    agreement: Mapping[str, Estimate]
+    """Metric name → AUC against gold correctness, where gold exists."""
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row of text for each LLM."""
+        return [
+            {
+                "LLM": standing.llm,
+                **{name: shown(found) for name, found in standing.quality.items()},
+                "USD / 1,000 queries": f"{standing.cost_usd_per_1000:.4f}",
+                "latency, ms": f"{standing.latency_ms:.0f}",
+                "tokens in / out": (
+                    f"{standing.prompt_tokens:.0f} / {standing.completion_tokens:.0f}"
+                ),
+                "responses": str(standing.responses),
+                "missing": str(standing.missing),
+            }
+            for standing in self.standings
+        ]
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """The outcome of one pair."""
+
+    pair: Pair
+    t: float
+    degenerate: bool
+    queries: int
+    out_of_fold: bool
+    metric: str
+    best: str
+    estimates: Mapping[str, Mapping[str, Estimate]]
+    gap: Mapping[str, Estimate]
+    """Metric name → strong − weak, with its interval."""
+    receipt: Receipt
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row of text for each router, best first."""
+        names = sorted(
+            self.estimates, key=lambda name: -np.nan_to_num(self.estimates[name]["apgr"].value)
+        )
+        return [
+            {"router": name, **{key: shown(self.estimates[name][key]) for key in SHOWN}}
+            for name in names
+        ]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The outcome of a pipeline run."""
+
+    run_id: str
+    leaderboard: Leaderboard
+    pairs: tuple[PairReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
+        report = asdict(self)
+        for pair, found in zip(report["pairs"], self.pairs, strict=True):
+            pair["pair"] = found.pair.model_dump()
+            pair["receipt"]["verdict"] = found.receipt.verdict()
+        return report
+
+
+def shown(estimate: Estimate) -> str:
+    """Return a value with its interval for people.
+
+    >>> from router_models.statistics import Interval
+    >>> shown(Estimate(0.6123, Interval(0.55, 0.67)))
+    '0.612 [0.550, 0.670]'
+    """
+    if np.isnan(estimate.value):
+        return f"undefined ({estimate.reason or 'no value'})"
+    return f"{estimate.value:.3f} [{estimate.interval.low:.3f}, {estimate.interval.high:.3f}]"
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return rows with the same keys as a Markdown table."""
+    header = list(rows[0])
+    lines = [header, ["---"] * len(header), *([row[key] for key in header] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+@task(task_run_name="leaderboard")
+def publish_leaderboard(
+    experiment: Experiment, queries: Snapshot, responses: Snapshot, scores: Snapshot, run_id: str
+) -> Leaderboard:
+    """Compare the LLMs themselves: quality, cost, latency; to Prefect and MLflow."""
+    warehouse = Warehouse(experiment.store.directory)
+    seed, metrics = experiment.seed, [metric.name for metric in experiment.quality.metrics]
+    standings = [
+        _standing(warehouse, llm, queries, responses, scores, metrics, experiment)
+        for llm in experiment.llms
+    ]
+    label_metric = experiment.quality.label_metric
+    board = Leaderboard(
+        label_metric=label_metric,
+        standings=tuple(
+            sorted(standings, key=lambda standing: -standing.quality[label_metric].value)
+        ),
+        agreement=gold_agreement(warehouse, scores, metrics, gold="gold", seed=seed),
+    )
+    client = tracking.client(experiment.store)
+    client.log_text(run_id, markdown_table(board.rows()), "leaderboard.md")
+    client.log_table(run_id, _columns(board.rows()), "leaderboard.json")
+    tracking.log_dataset(experiment.store, run_id, queries, name="queries")
+    tracking.log_dataset(experiment.store, run_id, responses, name="responses")
+    for standing in board.standings:
+        tracking.log_metrics(
+            experiment.store, run_id, flat(standing.quality, prefix=f"{standing.llm}/")
+        )
+    tracking.log_metrics(
+        experiment.store, run_id, flat(board.agreement, prefix="auc_against_gold/")
+    )
+    if FlowRunContext.get():
+        create_table_artifact(
+            key="leaderboard", table=board.rows(), description="The configured LLMs, best first"
+        )
+    return board
+
+
+def _standing(
+    warehouse: Warehouse,
+    llm: LLM,
+    queries: Snapshot,
+    responses: Snapshot,
+    scores: Snapshot,
+    metrics: Sequence[str],
+    experiment: Experiment,
+) -> Standing:
+    totals = warehouse.query(
+        "SELECT count(*) AS responses, 1000 * avg(cost_usd) AS usd, "
+        "median(latency_ms) AS latency_ms, avg(prompt_tokens) AS prompt_tokens, "
+        "avg(completion_tokens) AS completion_tokens "
+        "FROM read_parquet($responses) WHERE llm = $llm",
+        {"responses": str(responses.path), "llm": llm.name},
+    ).to_pylist()[0]
+    quality = {}
+    for metric in metrics:
+        means = warehouse.query(
+            "SELECT avg(value) AS mean FROM read_parquet($scores) "
+            "WHERE llm = $llm AND metric = $metric GROUP BY query_key ORDER BY query_key",
+            {"scores": str(scores.path), "llm": llm.name, "metric": metric},
+        )["mean"].to_numpy()
+        quality[metric] = mean_interval(
+            means, replicates=experiment.evaluation.replicates, seed=experiment.seed
+        )
+    return Standing(
+        llm=llm.name,
+        responses=totals["responses"],
+        missing=queries.rows * experiment.generation.samples - totals["responses"],
+        quality=quality,
+        cost_usd_per_1000=totals["usd"],
+        latency_ms=totals["latency_ms"],
+        prompt_tokens=totals["prompt_tokens"],
+        completion_tokens=totals["completion_tokens"],
+    )
+
+
+def gold_agreement(
+    warehouse: Warehouse, scores: Snapshot, metrics: Sequence[str], *, gold: str, seed: int
+) -> dict[str, Estimate]:
+    """Return how well each metric tells right from wrong responses (AUC), where gold exists."""
+    if gold not in metrics:
+        return {}
+    found = {}
+    for metric in metrics:
+        if metric == gold:
+            continue
+        rows = warehouse.query(
+            "SELECT m.value, g.value AS correct FROM read_parquet($scores) m "
+            "JOIN read_parquet($scores) g USING (query_key, llm, sample_index) "
+            "WHERE m.metric = $metric AND g.metric = $gold "
+            "ORDER BY query_key, llm, sample_index",
+            {"scores": str(scores.path), "metric": metric, "gold": gold},
+        )
+        found[metric] = auc_interval(
+            rows["value"].to_numpy(), rows["correct"].to_numpy(), replicates=500, seed=seed
+        )
+    return found
+
+
+@task(task_run_name="report {comparison.pair.weak}")
+def publish_report(
+    experiment: Experiment,
+    label_set: LabelSet,
+    comparison: Comparison,
+    queries: Snapshot,
+    scores: Snapshot,
+    receipt: Receipt,
+    run_id: str,
+) -> PairReport:
+    """Log figures, tables and the receipt of one pair; to Prefect and MLflow."""
+    store, pair = experiment.store, comparison.pair
+    gap = {comparison.metric: comparison.estimates[comparison.best]["quality_gap"]}
+    for metric in experiment.quality.metrics:
+        if metric.name != comparison.metric:
+            found = reported_metric(
+                store,
+                comparison,
+                queries,
+                scores,
+                metric=metric.name,
+                settings=experiment.evaluation,
+                seed=experiment.seed,
+            )
+            gap[metric.name] = found[comparison.best]["quality_gap"]
+    report = PairReport(
+        pair=pair,
+        t=label_set.t,
+        degenerate=label_set.degenerate,
+        queries=comparison.queries,
+        out_of_fold=comparison.out_of_fold,
+        metric=comparison.metric,
+        best=comparison.best,
+        estimates=comparison.estimates,
+        gap=gap,
+        receipt=receipt,
+    )
+    client = tracking.client(store)
+    folder = pair.name()
+    for name, figure in pair_figures(label_set, comparison).items():
+        client.log_figure(run_id, figure, f"{folder}/{name}")
+    for name, snapshot in {"win_rates": comparison.table, "labels": label_set.labels}.items():
+        client.log_artifact(run_id, str(snapshot.path), f"{folder}/{name}")
+    page = comparison_page(report)
+    client.log_text(run_id, page, f"{folder}/comparison.md")
+    client.set_tag(run_id, "mlflow.note.content", page)
+    relaxation = {"t_star": label_set.t, "t_star_objective": label_set.objective}
+    tracking.log_metrics(
+        store,
+        run_id,
+        {**relaxation, **flat({"best_apgr": comparison.estimates[comparison.best]["apgr"]})},
+    )
+    client.set_tag(run_id, "turnout.verdict", receipt.verdict())
+    client.set_tag(run_id, "turnout.best", comparison.best)
+    if FlowRunContext.get():
+        create_markdown_artifact(key="comparison", markdown=page, description=folder)
+        create_markdown_artifact(key="gate", markdown=receipt.to_markdown(), description=folder)
+    return report
+
+
+def comparison_page(report: PairReport) -> str:
+    """Return the comparison of one pair's routers as Markdown."""
+    how = "out-of-fold over all queries" if report.out_of_fold else "on the held-out test split"
+    gaps = "; ".join(f"{name} {shown(found)}" for name, found in report.gap.items())
+    relaxation = f"t* = {report.t:.4g}" + (
+        " (degenerate: the transformed labels equal the probabilistic ones)"
+        if report.degenerate
+        else ""
+    )
+    return (
+        f"## {report.pair.weak} or {report.pair.strong}\n\n"
+        f"{report.queries} queries, {how}; quality is {report.metric}; {relaxation}.\n\n"
+        f"Strong minus weak: {gaps}.\n\n{markdown_table(report.rows())}\n"
+        f"Best: **{report.best}**, {report.receipt.verdict()}.\n"
+    )
+
+
+def _columns(rows: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    return {key: [row[key] for row in rows] for key in rows[0]}

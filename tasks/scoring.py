@@ -1,0 +1,172 @@
+"""Quality: every response gets a score under every configured metric, once per fingerprint.
+
+A score is stored with the fingerprint of what made it (checkpoint, direction, lengths, code), so
+scores of two scorers never mix. What is scored is not scored again.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from prefect import task
+
+from conf.schema import BartScore, GoldMatch, QualityMetric
+from router_models.errors import DataError
+from router_models.packaged import smollm2_gguf
+from tasks.progress import progress
+from tasks.warehouse import Snapshot, Warehouse
+
+BARTSCORE = Path(__file__).parent.parent / "metrics" / "bartscore"
+# Responses scored between two writes to the warehouse: what a killed run may have to redo.
+CHUNK = 1000
+GOLD_MATCH_VERSION = 1
+
+Scorer = Callable[[Sequence[str], Sequence[Any]], Sequence[float]]
+
+
+@task(task_run_name="score responses")
+def score_responses(
+    warehouse: Warehouse,
+    queries: Snapshot,
+    responses: Snapshot,
+    settings: Sequence[QualityMetric],
+) -> Snapshot:
+    """Score every response under every metric; return query_key, llm, sample_index, metric, value.
+
+    Raises DataError when a query lacks what a metric compares with: a metric that made labels from
+    some of the queries only would say nothing about the others.
+    """
+    tables = []
+    for metric in settings:
+        fingerprint = metric_fingerprint(metric)
+        missing = _unscored(warehouse, queries, responses, fingerprint)
+        if missing.num_rows:
+            _score(warehouse, missing, metric, fingerprint)
+        tables.append(
+            warehouse.query(
+                """
+                SELECT r.query_key, r.llm, r.sample_index, $metric AS metric, s.value
+                FROM read_parquet($responses) r JOIN scores s ON s.fingerprint = $fingerprint
+                AND s.query_key = r.query_key AND s.prompt_id = r.prompt_id
+                AND s.sample_index = r.sample_index
+                ORDER BY r.query_key, r.llm, r.sample_index
+                """,
+                {
+                    "responses": str(responses.path),
+                    "fingerprint": fingerprint,
+                    "metric": metric.name,
+                },
+            )
+        )
+    return warehouse.write_snapshot("scores", pa.concat_tables(tables))
+
+
+def _unscored(
+    warehouse: Warehouse, queries: Snapshot, responses: Snapshot, fingerprint: str
+) -> pa.Table:
+    return warehouse.query(
+        """
+        SELECT r.query_key, r.prompt_id, r.sample_index, r.text, q.query_id, q.reference, q.gold
+        FROM read_parquet($responses) r JOIN read_parquet($queries) q USING (query_key)
+        ANTI JOIN scores s ON s.fingerprint = $fingerprint AND s.query_key = r.query_key
+        AND s.prompt_id = r.prompt_id AND s.sample_index = r.sample_index
+        ORDER BY q.position, r.prompt_id, r.sample_index
+        """,
+        {
+            "responses": str(responses.path),
+            "queries": str(queries.path),
+            "fingerprint": fingerprint,
+        },
+    )
+
+
+def _score(
+    warehouse: Warehouse, missing: pa.Table, metric: QualityMetric, fingerprint: str
+) -> None:
+    compared_with = "gold" if isinstance(metric, GoldMatch) else "reference"
+    _refuse_missing(missing, compared_with, metric)
+    scorer = gold_match if isinstance(metric, GoldMatch) else bartscorer(metric)
+    with progress(f"Scoring with {metric.name}", missing.num_rows) as advance:
+        for chunk in _chunks(missing):
+            values = scorer(chunk["text"].to_pylist(), chunk[compared_with].to_pylist())
+            scores = chunk.select(["query_key", "prompt_id", "sample_index"])
+            for name, column in {
+                "fingerprint": [fingerprint] * len(values),
+                "metric": [metric.name] * len(values),
+                "value": np.asarray(values, dtype=np.float64),
+            }.items():
+                scores = scores.append_column(name, pa.array(column))
+            warehouse.ingest("scores", scores)
+            advance(chunk.num_rows)
+
+
+def _chunks(table: pa.Table) -> Iterator[pa.Table]:
+    for start in range(0, table.num_rows, CHUNK):
+        yield table.slice(start, CHUNK)
+
+
+def _refuse_missing(missing: pa.Table, column: str, metric: QualityMetric) -> None:
+    for query_id, value in zip(
+        missing["query_id"].to_pylist(), missing[column].to_pylist(), strict=True
+    ):
+        if not value:
+            raise DataError(
+                f"Query {query_id!r} has no {column}, which {metric.name!r} compares responses "
+                f"with. Expected one for every query. Add it, or take {metric.name!r} out of "
+                "quality.metrics."
+            )
+
+
+def metric_fingerprint(metric: QualityMetric) -> str:
+    """Return what two scores must share to be comparable."""
+    if isinstance(metric, GoldMatch):
+        return f"gold_match:{GOLD_MATCH_VERSION}"
+    from metrics.bartscore.likelihood import ScorerSpec
+
+    return ScorerSpec(**scorer_options(metric)).fingerprint()
+
+
+def scorer_options(settings: BartScore) -> dict[str, Any]:
+    """Return the settings as the arguments of the metric, packaged weights as their file."""
+    options = settings.model_dump(exclude={"metric", "name"})
+    if settings.checkpoint == "smollm2-135m":
+        options["checkpoint"] = str(smollm2_gguf())
+    return options
+
+
+def bartscorer(settings: BartScore) -> Scorer:
+    """Return BARTScore under these settings; it keeps its checkpoint loaded between calls."""
+    import evaluate
+
+    module = evaluate.load(str(BARTSCORE), keep_in_memory=True)
+    options = scorer_options(settings)
+
+    def score(responses: Sequence[str], references: Sequence[str]) -> list[float]:
+        found = module.compute(predictions=responses, references=references, **options)
+        return list(found["scores"])
+
+    return score
+
+
+def gold_match(responses: Sequence[str], gold: Sequence[Sequence[str]]) -> list[float]:
+    """Return 1.0 where the response holds one of its gold answers as whole words, else 0.0.
+
+    Case, accents and punctuation are ignored.
+
+    >>> gold_match(["It is São Paulo!", "Rio"], [["Sao Paulo"], ["Rio Branco"]])
+    [1.0, 0.0]
+    """
+    return [
+        float(any(f" {_words(answer)} " in f" {_words(response)} " for answer in answers))
+        for response, answers in zip(responses, gold, strict=True)
+    ]
+
+
+def _words(text: str) -> str:
+    decomposed = unicodedata.normalize("NFKD", text.casefold())
+    plain = "".join(char for char in decomposed if not unicodedata.combining(char))
+    return " ".join(re.findall(r"[^\W_]+", plain))

@@ -1,0 +1,107 @@
+"""Settings: every bundled experiment loads, overrides work, and bad ones say what is wrong."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from conf.load import bundled, config_digest, load_experiment
+from conf.schema import Decoding
+from router_models.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", bundled())
+def test_bundled_experiments_load(name: str) -> None:
+    experiment = load_experiment(name)
+    assert experiment.name == name
+    assert experiment.pairs
+
+
+def test_paper_experiment_is_the_papers() -> None:
+    paper = load_experiment("hybrid_llm_paper")
+    assert paper.queries.limit == {"train": 10_000, "validation": 5_000, "test": 5_000}
+    assert paper.generation.samples == 10
+    assert [pair.name() for pair in paper.pairs] == [
+        "llama-2-7b--llama-2-13b",
+        "llama-2-13b--gpt-3.5-turbo",
+        "flan-t5-800m--llama-2-13b",
+    ]
+    hybrids = [router for router in paper.routers if router.router == "hybrid"]
+    assert [router.labels for router in hybrids] == [
+        "deterministic",
+        "probabilistic",
+        "transformed",
+    ]
+    assert {router.encoder for router in hybrids} == {"microsoft/deberta-v3-large"}
+    assert {router.trainer.max_epochs for router in hybrids} == {5}
+
+
+def test_overrides_reach_nested_settings_and_list_entries() -> None:
+    experiment = load_experiment(
+        overrides=(
+            "llms.smollm2.decoding.max_tokens=7",
+            "generation.samples=3",
+            "pairs.0.weak=smollm2",
+        )
+    )
+    assert experiment.llm("smollm2").decoding.max_tokens == 7
+    assert experiment.generation.samples == 3
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Decoding().temperature = 1.0
+
+
+def test_digest_follows_the_settings() -> None:
+    same, other = load_experiment(), load_experiment(overrides=("seed=8",))
+    assert config_digest(load_experiment()) == config_digest(same)
+    assert config_digest(other) != config_digest(same)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("generation.samples=-1", r"generation.samples: .*greater than 0 \(got -1\)"),
+        ("generation.sample=4", "generation.sample: no such setting"),
+        ("quality.label_metric=gol", "Did you mean 'gold'"),
+        ("pairs.0.strong=smollm2", "names 'smollm2' twice"),
+        ("pairs.0.strong=gemma", "Unknown LLM 'gemma'. Did you mean 'gemma3-facts'"),
+        ("llms.smol.model=x", "Did you mean 'smollm2'"),
+        ("pairs=[]", "pairs is empty"),
+        ("routers=[]", "Expected at least one"),
+        ("llms.smollm2.endpoint={kind: openai}", "has no url"),
+        ("llms.smollm2.endpoint={kind: embedded}", "has no weights"),
+        ("seed", "Expected key=value"),
+        ("seed=[", "not readable as YAML"),
+        ("seed.deeper=1", "plain value 7"),
+    ],
+)
+def test_bad_settings_are_explained(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(overrides=(override,))
+
+
+def test_one_llm_is_not_enough(tmp_path: Path) -> None:
+    file = tmp_path / "one.yaml"
+    file.write_text(
+        "llms: [{name: a, model: a, endpoint: {url: http://localhost:1/v1}}]\n"
+        "pairs: []\nrouters: [{router: knn}]\n"
+    )
+    with pytest.raises(ConfigError, match="Expected at least two, with different names"):
+        load_experiment(file)
+
+
+def test_unknown_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'embedded'"):
+        load_experiment("embeded")
+    with pytest.raises(ConfigError, match="There is no file"):
+        load_experiment(tmp_path / "absent.yaml")
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("name: Goiás".encode("latin-1"))
+    with pytest.raises(ConfigError, match="Expected UTF-8 YAML"):
+        load_experiment(latin)
+    words = tmp_path / "words.yaml"
+    words.write_text("just words")
+    with pytest.raises(ConfigError, match="Expected a mapping"):
+        load_experiment(words)
