@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from conf.errors import ConfigError, unknown_name
 from conf.schema import Experiment
-from router_models.errors import ConfigError, unknown_name
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 DEFAULT = "embedded"

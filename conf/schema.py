@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, model_validator
 
-from router_models.errors import ConfigError, unknown_name
+from conf.errors import ConfigError, unknown_name
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -182,6 +182,8 @@ class BartScore(Settings):
     )
     overlay: str | None = None
     """State dict laid over the checkpoint (the ParaBank weights); path of a .pth file."""
+    source_form: str = "{text}"
+    """How the source text is put to the scorer; {query} is filled in too."""
     template: str = "{source}\nIn other words:\n"
     """For causal checkpoints: the prompt that holds the source; the target follows it."""
     max_length: PositiveInt = 1024

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from router_models.errors import DataError
+from conf.errors import DataError
 
 HERE = Path(__file__).parent
 Row = dict[str, str]

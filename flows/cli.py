@@ -4,13 +4,14 @@ Heavy imports are made by the command that needs them, so that `turnout --help` 
 """
 
 import argparse
+import atexit
 import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from router_models.errors import TurnoutError
+from conf.errors import TurnoutError
 
 if TYPE_CHECKING:
     from conf.schema import Experiment
@@ -24,6 +25,7 @@ ENVIRONMENT = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -35,14 +37,23 @@ def main() -> None:
     arguments = parser().parse_args()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    code = 1
+
+    def leave() -> None:
+        # Registered first, so it runs after all other exit functions. DuckDB's binding would go on
+        # to list every object of its own that is alive when the interpreter is taken down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(leave)
     try:
-        sys.exit(arguments.command(arguments))
+        code = arguments.command(arguments)
     except TurnoutError as error:
         print(f"turnout: {error}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
+        code = 130
         print("turnout: stopped. What was received is kept; run again to go on.", file=sys.stderr)
-        sys.exit(130)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -141,19 +152,22 @@ def _show(experiment: "Experiment", report: "RunReport") -> None:
 
     show("LLMs", report.leaderboard.rows())
     for pair in report.pairs:
-        show(f"Routers between {pair.pair.weak} and {pair.pair.strong}", pair.rows())
+        title = f"Routers between {pair.pair.weak} and {pair.pair.strong}, by {pair.metric}"
+        show(title, pair.rows(intervals=("apgr",)))
         receipt = pair.receipt
-        console.print(f"{pair.best}: version {receipt.version} of {receipt.model}")
+        console.print(f"{pair.best} is version {receipt.version} of {receipt.model}")
         for check in receipt.checks:
             mark = "[green]met[/]" if check.passed else "[red]not met[/]"
             console.print(f"  {mark}  {check.name}: {check.value} ({check.bound})")
         console.print(f"  [bold]{receipt.verdict()}[/]\n")
     where = Path(experiment.store.directory)
     console.print(
-        f"Next: `turnout ui` shows run {report.run_id[:8]} with its figures; the tables are in "
-        f"{where / 'warehouse.duckdb'}.\nThe champion loads with "
-        f'mlflow.pyfunc.load_model("models:/{report.pairs[0].pair.name()}@champion").'
+        f"Next: `turnout ui` shows run {report.run_id[:8]} with its figures and receipts; the "
+        f"tables are in {where / 'warehouse.duckdb'}."
     )
+    for pair in report.pairs:
+        if pair.receipt.passed():
+            console.print(f'Load the champion with "models:/{pair.receipt.model}@champion".')
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from urllib.parse import urlsplit
 
+from conf.errors import TurnoutError
 from conf.schema import LLM, Experiment
 from router_models import packaged
-from router_models.errors import TurnoutError
 from tasks import tracking
 from tasks.warehouse import Warehouse
 

@@ -33,7 +33,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from router_models.errors import ConfigError, DataError, unknown_name
+from conf.errors import ConfigError, DataError, unknown_name
 from router_models.frontier import checked_columns, checked_qualities
 
 FloatArray = NDArray[np.float64]

@@ -6,8 +6,8 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from conf.errors import ArtifactError, ConfigError, unknown_name
 from router_models.controls import LengthRouter, RandomRouter
-from router_models.errors import ArtifactError, ConfigError, unknown_name
 from router_models.hybrid import HybridRouter
 from router_models.knn import KnnRouter
 from router_models.persistence import saved_kind

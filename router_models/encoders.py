@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from router_models.errors import ArtifactError, ConfigError, EndpointError
+from conf.errors import ArtifactError, ConfigError, EndpointError
 from router_models.packaged import minilm_directory
 from router_models.persistence import VectorCache
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from router_models.errors import ConfigError, DataError
+from conf.errors import ConfigError, DataError
 
 FloatArray = NDArray[np.float64]
 

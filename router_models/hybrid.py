@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from conf.errors import ConfigError
 from conf.schema import Hybrid
 from router_models.encoders import (
     ENCODER_FOLDER,
@@ -25,7 +26,6 @@ from router_models.encoders import (
     token_limit,
     weights_digest,
 )
-from router_models.errors import ConfigError
 from router_models.persistence import not_fitted, read_state, settings_json, write_state
 from router_models.training_data import Comparisons
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from conf.errors import ConfigError, DataError, unknown_name
 from conf.schema import MatrixFactorization
 from router_models.encoders import (
     ENCODER_FOLDER,
@@ -24,7 +25,6 @@ from router_models.encoders import (
     load_saved_encoder,
     save_encoder,
 )
-from router_models.errors import ConfigError, DataError, unknown_name
 from router_models.persistence import not_fitted, read_state, settings_json, write_state
 from router_models.tiers import connected_battles, llm_numbers
 from router_models.training_data import Comparisons

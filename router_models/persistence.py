@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from router_models.errors import ArtifactError
+from conf.errors import ArtifactError
 from router_models.packaged import file_digest
 
 FORMAT = 1

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from router_models.errors import ConfigError, DataError, unknown_name
+from conf.errors import ConfigError, DataError, unknown_name
 
 FloatArray = NDArray[np.float64]
 Pairing = Literal["all", "matched"]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from router_models.errors import ConfigError, DataError, unknown_name
+from conf.errors import ConfigError, DataError, unknown_name
 from router_models.frontier import METRICS, RankedQueries, checked_qualities
 
 FloatArray = NDArray[np.float64]

@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 from scipy.sparse import csr_array
 
+from conf.errors import ConfigError, unknown_name
 from conf.schema import SimilarityWeighted
 from router_models.encoders import (
     ENCODER_FOLDER,
@@ -18,7 +19,6 @@ from router_models.encoders import (
     load_saved_encoder,
     save_encoder,
 )
-from router_models.errors import ConfigError, unknown_name
 from router_models.persistence import not_fitted, read_state, settings_json, write_state
 from router_models.tiers import (
     bradley_terry,

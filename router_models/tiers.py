@@ -16,7 +16,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from router_models.errors import DataError, unknown_name
+from conf.errors import DataError, unknown_name
 from router_models.training_data import Comparisons
 
 # Half a win and half a loss, as in Jeffreys' prior, and only where ratings would be infinite.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from router_models.errors import DataError
+from conf.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from router_models.errors import ArtifactError
+from conf.errors import ArtifactError
 
 
 def win_rates_in_clean_process(

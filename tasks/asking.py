@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 
+from conf.errors import BudgetError, EndpointError, TurnoutError
 from conf.schema import LLM, Generation
-from router_models.errors import BudgetError, EndpointError, TurnoutError
 from tasks.client import Client, PermanentFailure, Reply, TransientFailure
 from tasks.endpoints import ServedEndpoint
 from tasks.journal import Row

@@ -21,8 +21,8 @@ from typing import Any
 import httpx2 as httpx  # what openai is built on
 import openai
 
+from conf.errors import EndpointError
 from conf.schema import LLM
-from router_models.errors import EndpointError
 from tasks.endpoints import ServedEndpoint
 
 RETRIED = {408, 409, 425, 429}

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from conf.errors import ArtifactError, ConfigError, EndpointError
 from conf.schema import LLM
-from router_models.errors import ArtifactError, ConfigError, EndpointError
 from router_models.packaged import file_digest, gemma_gguf, smollm2_gguf
 from tasks import llama_server
 

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 from prefect import task
 
+from conf.errors import DataError
 from conf.load import config_digest
 from conf.schema import Evaluation, Pair, Store
-from router_models.errors import DataError
 from router_models.frontier import oracle_win_rate, quality_at
 from router_models.statistics import Bootstrap, Estimate, bootstrap_metrics
 from tasks import tracking

@@ -16,9 +16,9 @@ from string import Formatter
 import pyarrow as pa
 from prefect import task
 
+from conf.errors import DataError
 from conf.load import config_digest
 from conf.schema import LLM, Generation
-from router_models.errors import DataError
 from tasks.asking import Asking, Request
 from tasks.endpoints import model_identity, serving_endpoint
 from tasks.journal import open_journal, recover_journals

@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from router_models.errors import StoreError
+from conf.errors import StoreError
 from tasks.warehouse import Warehouse
 
 Row = dict[str, Any]

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 from prefect import task
 
+from conf.errors import DataError
 from conf.load import config_digest
 from conf.schema import Labels, Pair
-from router_models.errors import DataError
 from router_models.relaxation import (
     Relaxation,
     deterministic_labels,

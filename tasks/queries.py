@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 from prefect import task
 
+from conf.errors import DataError
 from conf.schema import Queries
-from router_models.errors import DataError
 from tasks.warehouse import Snapshot, Warehouse, table_digest
 
 BUNDLED = Path(__file__).parent.parent / "data" / "geography.jsonl"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from prefect import task
 
+from conf.errors import ArtifactError
 from conf.schema import Gate, Store
-from router_models.errors import ArtifactError
 from serving.score import win_rates_in_clean_process
 from tasks import tracking
 from tasks.evaluation import Comparison

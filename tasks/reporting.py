@@ -84,13 +84,19 @@ class PairReport:
     """Metric name → strong − weak, with its interval."""
     receipt: Receipt
 
-    def rows(self) -> list[dict[str, str]]:
-        """Return one row of text for each router, best first."""
+    def rows(self, intervals: Sequence[str] = SHOWN) -> list[dict[str, str]]:
+        """Return one row of text for each router, best first, some metrics with ``intervals``."""
         names = sorted(
             self.estimates, key=lambda name: -np.nan_to_num(self.estimates[name]["apgr"].value)
         )
         return [
-            {"router": name, **{key: shown(self.estimates[name][key]) for key in SHOWN}}
+            {
+                "router": name,
+                **{
+                    metric: shown(self.estimates[name][metric], interval=metric in intervals)
+                    for metric in SHOWN
+                },
+            }
             for name in names
         ]
 
@@ -112,8 +118,8 @@ class RunReport:
         return report
 
 
-def shown(estimate: Estimate) -> str:
-    """Return a value with its interval for people.
+def shown(estimate: Estimate, *, interval: bool = True) -> str:
+    """Return a value for people, with its interval unless told otherwise.
 
     >>> from router_models.statistics import Interval
     >>> shown(Estimate(0.6123, Interval(0.55, 0.67)))
@@ -121,6 +127,8 @@ def shown(estimate: Estimate) -> str:
     """
     if np.isnan(estimate.value):
         return f"undefined ({estimate.reason or 'no value'})"
+    if not interval:
+        return f"{estimate.value:.3f}"
     return f"{estimate.value:.3f} [{estimate.interval.low:.3f}, {estimate.interval.high:.3f}]"
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 from prefect import task
 
+from conf.errors import DataError
+from conf.load import config_digest
 from conf.schema import BartScore, GoldMatch, QualityMetric
-from router_models.errors import DataError
 from router_models.packaged import smollm2_gguf
 from tasks.progress import progress
 from tasks.warehouse import Snapshot, Warehouse
@@ -25,7 +26,8 @@ BARTSCORE = Path(__file__).parent.parent / "metrics" / "bartscore"
 CHUNK = 1000
 GOLD_MATCH_VERSION = 1
 
-Scorer = Callable[[Sequence[str], Sequence[Any]], Sequence[float]]
+# From rows with text, query, reference and gold to one score each.
+Scorer = Callable[[pa.Table], Sequence[float] | np.ndarray]
 
 
 @task(task_run_name="score responses")
@@ -70,7 +72,8 @@ def _unscored(
 ) -> pa.Table:
     return warehouse.query(
         """
-        SELECT r.query_key, r.prompt_id, r.sample_index, r.text, q.query_id, q.reference, q.gold
+        SELECT r.query_key, r.prompt_id, r.sample_index, r.text, q.query_id, q.reference,
+               q.gold, q.text AS query
         FROM read_parquet($responses) r JOIN read_parquet($queries) q USING (query_key)
         ANTI JOIN scores s ON s.fingerprint = $fingerprint AND s.query_key = r.query_key
         AND s.prompt_id = r.prompt_id AND s.sample_index = r.sample_index
@@ -89,10 +92,10 @@ def _score(
 ) -> None:
     compared_with = "gold" if isinstance(metric, GoldMatch) else "reference"
     _refuse_missing(missing, compared_with, metric)
-    scorer = gold_match if isinstance(metric, GoldMatch) else bartscorer(metric)
+    scorer: Scorer = gold_scorer if isinstance(metric, GoldMatch) else bartscorer(metric)
     with progress(f"Scoring with {metric.name}", missing.num_rows) as advance:
         for chunk in _chunks(missing):
-            values = scorer(chunk["text"].to_pylist(), chunk[compared_with].to_pylist())
+            values = scorer(chunk)
             scores = chunk.select(["query_key", "prompt_id", "sample_index"])
             for name, column in {
                 "fingerprint": [fingerprint] * len(values),
@@ -127,15 +130,13 @@ def metric_fingerprint(metric: QualityMetric) -> str:
         return f"gold_match:{GOLD_MATCH_VERSION}"
     from metrics.bartscore.likelihood import ScorerSpec
 
-    return ScorerSpec(**scorer_options(metric)).fingerprint()
+    spec = ScorerSpec(direction=metric.direction, **_scorer_options(metric))
+    return f"{spec.fingerprint()}:{config_digest([metric.source_form])}"
 
 
-def scorer_options(settings: BartScore) -> dict[str, Any]:
-    """Return the settings as the arguments of the metric, packaged weights as their file."""
-    options = settings.model_dump(exclude={"metric", "name"})
-    if settings.checkpoint == "smollm2-135m":
-        options["checkpoint"] = str(smollm2_gguf())
-    return options
+def gold_scorer(rows: pa.Table) -> list[float]:
+    """Score responses by their gold answers."""
+    return gold_match(rows["text"].to_pylist(), rows["gold"].to_pylist())
 
 
 def bartscorer(settings: BartScore) -> Scorer:
@@ -143,13 +144,40 @@ def bartscorer(settings: BartScore) -> Scorer:
     import evaluate
 
     module = evaluate.load(str(BARTSCORE), keep_in_memory=True)
-    options = scorer_options(settings)
+    options = _scorer_options(settings)
 
-    def score(responses: Sequence[str], references: Sequence[str]) -> list[float]:
-        found = module.compute(predictions=responses, references=references, **options)
-        return list(found["scores"])
+    def score(rows: pa.Table) -> np.ndarray:
+        queries = rows["query"].to_pylist()
+        plain = {"response": rows["text"].to_pylist(), "reference": rows["reference"].to_pylist()}
+
+        def one_way(source: str, target: str) -> np.ndarray:
+            formed = [
+                settings.source_form.format(query=query, text=text)
+                for query, text in zip(queries, plain[source], strict=True)
+            ]
+            texts = {**plain, source: formed}
+            found = module.compute(
+                predictions=texts["response"],
+                references=texts["reference"],
+                direction=f"{source}_to_{target}",
+                **options,
+            )
+            return np.array(found["scores"])
+
+        if settings.direction != "f":
+            source, _, target = settings.direction.partition("_to_")
+            return one_way(source, target)
+        return (one_way("reference", "response") + one_way("response", "reference")) / 2
 
     return score
+
+
+def _scorer_options(settings: BartScore) -> dict[str, Any]:
+    """Return the metric's own arguments, packaged weights as their file."""
+    options = settings.model_dump(exclude={"metric", "name", "direction", "source_form"})
+    if settings.checkpoint == "smollm2-135m":
+        options["checkpoint"] = str(smollm2_gguf())
+    return options
 
 
 def gold_match(responses: Sequence[str], gold: Sequence[Sequence[str]]) -> list[float]:

@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prefect import task
 
+from conf.errors import DataError
 from conf.load import config_digest
 from conf.schema import Evaluation, Store
 from conf.schema import Router as RouterSettings
 from router_models.catalog import Router, build_router
-from router_models.errors import DataError
 from router_models.training_data import Comparisons
 from tasks import tracking
 from tasks.labelling import LabelSet

@@ -16,7 +16,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from router_models.errors import StoreError
+from conf.errors import StoreError
 
 # One entry per schema version, oldest first; never edit an entry that has been released.
 MIGRATIONS = (

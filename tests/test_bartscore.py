@@ -25,8 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from conf.errors import ArtifactError, ConfigError, DataError
 from metrics.bartscore.likelihood import Likelihood, ScorerSpec, load_likelihood
-from router_models.errors import ArtifactError, ConfigError, DataError
 from router_models.packaged import smollm2_gguf
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conf.errors import ConfigError, DataError
 from router_models.calibration import (
     ALL_STRONG,
     ALL_WEAK,
@@ -17,7 +18,6 @@ from router_models.calibration import (
     threshold_naive,
     threshold_with_guarantee,
 )
-from router_models.errors import ConfigError, DataError
 
 Sample = tuple[FloatArray, FloatArray, FloatArray]
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conf.errors import ArtifactError, ConfigError, EndpointError
 from router_models import encoders
 from router_models.encoders import (
     Encoder,
@@ -23,7 +24,6 @@ from router_models.encoders import (
     load_saved_encoder,
     save_encoder,
 )
-from router_models.errors import ArtifactError, ConfigError, EndpointError
 from router_models.packaged import minilm_directory
 
 ROOT = Path(__file__).parent.parent

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from test_generation import generate, queries, rows
 
+from conf.errors import ArtifactError, ConfigError, EndpointError
 from conf.load import load_experiment
 from conf.schema import LLM, Endpoint, Limits
-from router_models.errors import ArtifactError, ConfigError, EndpointError
 from tasks.endpoints import NO_KEY, ServedEndpoint, model_identity, serving_endpoint
 from tasks.warehouse import Warehouse
 

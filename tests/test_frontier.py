@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router_models.errors import ConfigError, DataError
+from conf.errors import ConfigError, DataError
 from router_models.frontier import (
     METRICS,
     FloatArray,

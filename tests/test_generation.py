@@ -18,8 +18,8 @@ import pyarrow as pa
 import pytest
 from scripted_llm import ScriptedLLM, Step
 
+from conf.errors import BudgetError, ConfigError, DataError, EndpointError, TurnoutError
 from conf.schema import LLM, Decoding, Endpoint, Generation, Limits, Prices
-from router_models.errors import BudgetError, ConfigError, DataError, EndpointError, TurnoutError
 from tasks.generation import (
     GenerationReport,
     collect_responses,

@@ -8,9 +8,9 @@ from dataclasses import asdict
 
 import pytest
 
+from conf.errors import DataError
 from data import build_geography
 from data.build_geography import HERE, Question, folded, mentions, questions, table, wording
-from router_models.errors import DataError
 
 DOMAINS = {"biome", "capital", "continent", "currency", "language", "region", "river"}
 COMMITTED = (HERE / "geography.jsonl").read_text(encoding="utf-8")

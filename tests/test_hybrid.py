@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from conf.errors import ArtifactError, ConfigError
 from conf.schema import Hybrid, Trainer
 from router_models import hybrid
-from router_models.errors import ArtifactError, ConfigError
 from router_models.hybrid import HybridRouter, _Batches
 from router_models.training_data import Comparisons
 

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from conf.errors import DataError
 from conf.schema import Labels, Pair
-from router_models.errors import DataError
 from router_models.relaxation import optimal_relaxation
 from tasks.labelling import label_queries
 from tasks.warehouse import Snapshot, Warehouse

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conf.errors import ConfigError, DataError
 from router_models import frontier
-from router_models.errors import ConfigError, DataError
 
 METRICS_FOLDER = Path(__file__).parent.parent / "metrics"
 

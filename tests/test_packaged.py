@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from conf.errors import ArtifactError
 from router_models import packaged
-from router_models.errors import ArtifactError
 
 PARTS = [b"first part, ", b"second part, ", b"third"]
 NAME = "tiny.gguf"

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conf.errors import ArtifactError
 from conf.schema import Random
-from router_models.errors import ArtifactError
 from router_models.persistence import VectorCache, read_state, saved_kind, write_state
 
 ARRAYS: dict[str, np.ndarray] = {

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow.csv import write_csv
 
+from conf.errors import DataError
 from conf.schema import Queries
-from router_models.errors import DataError
 from tasks.queries import ingest_queries, query_table
 from tasks.warehouse import Warehouse
 

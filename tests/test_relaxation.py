@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from router_models.errors import ConfigError, DataError
+from conf.errors import ConfigError, DataError
 from router_models.relaxation import (
     FloatArray,
     deterministic_labels,

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conf.errors import ArtifactError, ConfigError, DataError
 from conf.schema import Hybrid, Knn, Length, Random, Trainer
 from router_models.catalog import ROUTERS, build_router, load_router
-from router_models.errors import ArtifactError, ConfigError, DataError
 from router_models.training_data import Comparisons
 
 QUICK: dict[str, Any] = {

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from conf.errors import ConfigError
 from conf.load import bundled, config_digest, load_experiment
 from conf.schema import Decoding
-from router_models.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", bundled())

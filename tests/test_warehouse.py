@@ -8,7 +8,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from router_models.errors import StoreError
+from conf.errors import StoreError
 from tasks.warehouse import MIGRATIONS, Warehouse, table_digest
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from conf.errors import ConfigError
 from metrics.bartscore.checkpoint import longest_path
 from metrics.bartscore.seq2seq import Group, Scored, TokenGroup, log_probabilities
-from router_models.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from router_models.errors import ArtifactError, ConfigError
+from conf.errors import ArtifactError, ConfigError
 from router_models.packaged import dequantised_directory, file_digest
 
 SMALL_FILES = ["*.json", "*.txt", "*.model"]

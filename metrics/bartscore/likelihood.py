@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from conf.errors import ConfigError, DataError, unknown_name
 from metrics.bartscore.causal import causal_batches, check_tree_attention
 from metrics.bartscore.checkpoint import Checkpoint, loaded_model
 from metrics.bartscore.seq2seq import Group, Scored, seq2seq_batches
-from router_models.errors import ConfigError, DataError, unknown_name
 from router_models.packaged import file_digest
 
 # Part of every fingerprint: raise it when the same inputs would get other scores.

@@ -8,7 +8,7 @@ mathematics is `router_models.frontier`.
 import datasets
 import evaluate
 
-from router_models.errors import ConfigError
+from conf.errors import ConfigError
 from router_models.frontier import cost_quality_curve
 
 _DESCRIPTION = (
