@@ -139,18 +139,24 @@ def _experiment(arguments: argparse.Namespace) -> "Experiment":
 
 def _show(experiment: "Experiment", report: "RunReport") -> None:
     """Print the leaderboard, each pair's comparison and verdict, and what to do next."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
 
     def show(title: str, rows: list[dict[str, str]]) -> None:
-        table = Table(*rows[0], title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0), box=SIMPLE_HEAD)
+        for heading in rows[0]:
+            table.add_column(heading, no_wrap=True)
         for row in rows:
             table.add_row(*row.values())
         console.print(table)
 
     show("LLMs", report.leaderboard.rows())
+    for metric, found in report.leaderboard.agreement.items():
+        auc = f"{found.value:.3f} [{found.interval.low:.3f}, {found.interval.high:.3f}]"
+        console.print(f"{metric} tells right from wrong answers with AUC {auc}.\n")
     for pair in report.pairs:
         title = f"Routers between {pair.pair.weak} and {pair.pair.strong}, by {pair.metric}"
         show(title, pair.rows(intervals=("apgr",)))

@@ -10,7 +10,9 @@ from conf.errors import ArtifactError, ConfigError, unknown_name
 from router_models.controls import LengthRouter, RandomRouter
 from router_models.hybrid import HybridRouter
 from router_models.knn import KnnRouter
+from router_models.mf import MatrixFactorizationRouter
 from router_models.persistence import saved_kind
+from router_models.sw_ranking import SimilarityWeightedRouter
 from router_models.training_data import Comparisons
 
 
@@ -47,6 +49,8 @@ ROUTERS: dict[str, Any] = {
     "knn": KnnRouter,
     "length": LengthRouter,
     "random": RandomRouter,
+    "mf": MatrixFactorizationRouter,
+    "sw_ranking": SimilarityWeightedRouter,
 }
 
 

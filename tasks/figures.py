@@ -50,7 +50,7 @@ def cost_quality(comparison: Comparison) -> "Figure":
             label=f"{name}  {apgr[name].value:.3f} [{interval.low:.3f}, {interval.high:.3f}]",
         )
     axes.plot([0, 100], [weak.mean(), strong.mean()], color="black", linewidth=0.8, alpha=0.5)
-    _note(axes, f"all {comparison.pair.weak}", at=(0, weak.mean()), offset=(4, -14))
+    _note(axes, f"all {comparison.pair.weak}", at=(0, weak.mean()), offset=(10, -5))
     _note(axes, f"all {comparison.pair.strong}", at=(100, strong.mean()), offset=(-4, 8))
     axes.set_xlabel(f"queries sent to {comparison.pair.strong}, %")
     axes.set_ylabel(f"mean quality ({comparison.metric})")

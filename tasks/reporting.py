@@ -3,7 +3,7 @@
 The same numbers go to the terminal, to Prefect as artifacts and to the MLflow parent run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,14 @@ from tasks.gate import Receipt
 from tasks.labelling import LabelSet
 from tasks.warehouse import Snapshot, Warehouse
 
-SHOWN = ("apgr", "cpt_50", "cpt_80", "quality_drop_pct_at_20", "quality_drop_pct_at_40")
+# Metric → heading, in the tables for people.
+SHOWN = {
+    "apgr": "APGR",
+    "cpt_50": "CPT50",
+    "cpt_80": "CPT80",
+    "quality_drop_pct_at_20": "drop@20%",
+    "quality_drop_pct_at_40": "drop@40%",
+}
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,10 @@ class Leaderboard:
             {
                 "LLM": standing.llm,
                 **{name: shown(found) for name, found in standing.quality.items()},
-                "USD / 1,000 queries": f"{standing.cost_usd_per_1000:.4f}",
-                "latency, ms": f"{standing.latency_ms:.0f}",
-                "tokens in / out": (
-                    f"{standing.prompt_tokens:.0f} / {standing.completion_tokens:.0f}"
-                ),
-                "responses": str(standing.responses),
-                "missing": str(standing.missing),
+                "USD/1k": f"{standing.cost_usd_per_1000:.4f}",
+                "ms": f"{standing.latency_ms:.0f}",
+                "tokens": f"{standing.prompt_tokens:.0f}+{standing.completion_tokens:.0f}",
+                "missing": f"{standing.missing}",
             }
             for standing in self.standings
         ]
@@ -84,7 +88,7 @@ class PairReport:
     """Metric name → strong − weak, with its interval."""
     receipt: Receipt
 
-    def rows(self, intervals: Sequence[str] = SHOWN) -> list[dict[str, str]]:
+    def rows(self, intervals: Collection[str] = tuple(SHOWN)) -> list[dict[str, str]]:
         """Return one row of text for each router, best first, some metrics with ``intervals``."""
         names = sorted(
             self.estimates, key=lambda name: -np.nan_to_num(self.estimates[name]["apgr"].value)
@@ -93,8 +97,8 @@ class PairReport:
             {
                 "router": name,
                 **{
-                    metric: shown(self.estimates[name][metric], interval=metric in intervals)
-                    for metric in SHOWN
+                    heading: shown(self.estimates[name][metric], interval=metric in intervals)
+                    for metric, heading in SHOWN.items()
                 },
             }
             for name in names
@@ -159,7 +163,7 @@ def publish_leaderboard(
         agreement=gold_agreement(warehouse, scores, metrics, gold="gold", seed=seed),
     )
     client = tracking.client(experiment.store)
-    client.log_text(run_id, markdown_table(board.rows()), "leaderboard.md")
+    client.log_text(run_id, leaderboard_page(board), "leaderboard.md")
     client.log_table(run_id, _columns(board.rows()), "leaderboard.json")
     tracking.log_dataset(experiment.store, run_id, queries, name="queries")
     tracking.log_dataset(experiment.store, run_id, responses, name="responses")
@@ -175,6 +179,19 @@ def publish_leaderboard(
             key="leaderboard", table=board.rows(), description="The configured LLMs, best first"
         )
     return board
+
+
+def leaderboard_page(board: Leaderboard) -> str:
+    """Return the leaderboard as Markdown, with what its columns mean."""
+    agreement = "".join(
+        f"\n{metric} tells right from wrong answers with AUC {shown(found)}.\n"
+        for metric, found in board.agreement.items()
+    )
+    return (
+        f"{markdown_table(board.rows())}\nMeans over queries with 95 % intervals; USD for 1,000 "
+        "queries with one answer each; median milliseconds of a request; mean tokens in a prompt "
+        f"and in an answer.\n{agreement}"
+    )
 
 
 def _standing(

@@ -56,6 +56,17 @@ MIGRATIONS = (
         pairing VARCHAR, t DOUBLE, objective DOUBLE, degenerate BOOLEAN
     );
     """,
+    """
+    CREATE TABLE preferences (
+        preference_key VARCHAR PRIMARY KEY,  -- hash of everything else in the row
+        source VARCHAR NOT NULL CHECK (source IN ('arena', 'gold', 'judge')),
+        dataset VARCHAR NOT NULL, battle_id VARCHAR NOT NULL,
+        prompt VARCHAR NOT NULL, llm_a VARCHAR NOT NULL, llm_b VARCHAR NOT NULL,
+        verdict VARCHAR NOT NULL CHECK (verdict IN ('a', 'tie', 'b')),
+        a_wins DOUBLE NOT NULL,  -- the verdict as a probability, or the judge's own
+        a_quality DOUBLE, b_quality DOUBLE, domain VARCHAR
+    );
+    """,
 )
 
 

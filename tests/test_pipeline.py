@@ -7,6 +7,7 @@ router has something to learn.
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,6 +94,7 @@ def loaded(path: Path) -> Experiment:
 
 
 def test_queries_become_a_champion(
+    capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     store_directory: Path,
     llms: tuple[ScriptedLLM, ScriptedLLM],
@@ -120,6 +122,14 @@ def test_queries_become_a_champion(
         assert shown <= run.data.metrics.keys()
     logged = {item.path for item in client.list_artifacts(report.run_id, MODEL)}
     assert {f"{MODEL}/cost_quality.png", f"{MODEL}/comparison.md"} <= logged
+
+    # What the README shows works on this champion.
+    readme = (BUNDLED.parent.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    code = code.replace("sqlite:///.turnout/mlflow.db", experiment.store.mlflow_uri())
+    exec(code.replace("smollm2--gemma3-facts", MODEL))
+    (win_rate,) = json.loads(capsys.readouterr().out)
+    assert 0 <= win_rate <= 1
 
     # A second run asks nothing, trains nothing, and gives the same numbers.
     asked = [len(llm.log) for llm in llms]

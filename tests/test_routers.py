@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 
 from conf.errors import ArtifactError, ConfigError, DataError
-from conf.schema import Hybrid, Knn, Length, Random, Trainer
+from conf.schema import (
+    Hybrid,
+    Knn,
+    Length,
+    MatrixFactorization,
+    Random,
+    SimilarityWeighted,
+    Trainer,
+)
 from router_models.catalog import ROUTERS, build_router, load_router
 from router_models.training_data import Comparisons
 
@@ -22,6 +30,8 @@ QUICK: dict[str, Any] = {
     "knn": Knn(neighbours=(5, 10)),
     "length": Length(),
     "random": Random(),
+    "mf": MatrixFactorization(dimension=16, trainer=Trainer(max_epochs=2, learning_rate=3e-3)),
+    "sw_ranking": SimilarityWeighted(),
 }
 ROOT = Path(__file__).parent.parent
 LINES = (ROOT / "data" / "geography.jsonl").read_text(encoding="utf-8").splitlines()
