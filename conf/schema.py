@@ -5,9 +5,17 @@ The same models validate the YAML files in this folder, are the parameters of th
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from conf.errors import ConfigError, unknown_name
 
@@ -327,6 +335,17 @@ class MatrixFactorization(Settings):
         max_epochs=15, patience=4, batch_size=1024, learning_rate=3e-3, weight_decay=1.0
     )
     """`batch_size` is an upper bound: few battles come in smaller batches. One rate for all."""
+
+    @field_validator("trainer", mode="before")
+    @classmethod
+    def _own_defaults(cls, given: Any) -> Any:
+        """Keep the defaults above, not Trainer's, for what is not set."""
+        if isinstance(given, Trainer):
+            given = given.model_dump(exclude_unset=True)
+        if not isinstance(given, dict):
+            return given
+        defaults: Trainer = cls.model_fields["trainer"].default
+        return defaults.model_dump() | given
 
 
 class SimilarityWeighted(Settings):

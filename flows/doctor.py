@@ -28,7 +28,13 @@ class Finding:
 
 def findings(experiment: Experiment) -> list[Finding]:
     """Look at packages, store, tracking server and every configured LLM."""
-    return [*_packages(), _warehouse(experiment), _tracking(experiment), *_llms(experiment)]
+    return [
+        *_packages(),
+        _warehouse(experiment),
+        _tracking(experiment),
+        _orchestrator(),
+        *_llms(experiment),
+    ]
 
 
 def _packages() -> Iterator[Finding]:
@@ -56,6 +62,17 @@ def _tracking(experiment: Experiment) -> Finding:
     found = client.get_experiment_by_name(experiment.store.experiment)
     runs = len(client.search_runs([found.experiment_id])) if found else 0
     return Finding("MLflow", True, f"{runs} runs at {uri}")
+
+
+def _orchestrator() -> Finding:
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if not url:
+        return Finding("Prefect", True, "no server configured: each run starts a temporary one")
+    if not _answers(url):
+        return Finding("Prefect", False, f"{url} does not answer", "prefect server start")
+    return Finding("Prefect", True, url)
 
 
 def _llms(experiment: Experiment) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from router_models.frontier import oracle_win_rate, quality_at
 from router_models.statistics import Bootstrap, Estimate, bootstrap_metrics
 from tasks import tracking
 from tasks.labelling import LabelSet, paired_qualities
+from tasks.progress import stage
 from tasks.training import TrainedRouter
 from tasks.warehouse import Snapshot, Warehouse
 
@@ -60,9 +61,10 @@ def compare_routers(
     weak, strong = table["weak_quality"].to_numpy(), table["strong_quality"].to_numpy()
     names = [*(router.name for router in trained), ORACLE]
     win_rates = {name: table[name].to_numpy() for name in names}
-    bootstrap = bootstrap_metrics(
-        win_rates, weak, strong, replicates=settings.replicates, seed=seed
-    )
+    with stage("Comparing routers"):
+        bootstrap = bootstrap_metrics(
+            win_rates, weak, strong, replicates=settings.replicates, seed=seed
+        )
     estimates = {name: bootstrap.estimates(name, level=settings.confidence) for name in names}
     tags = {"turnout.pair": label_set.pair.name(), "turnout.kind": ORACLE}
     with tracking.child_run(store, parent_id, ORACLE, tags=tags) as oracle_run:

@@ -18,6 +18,7 @@ from router_models.relaxation import (
     deterministic_labels,
     optimal_relaxation,
     probabilistic_labels,
+    transformed_labels,
 )
 from tasks.warehouse import Snapshot, Warehouse
 
@@ -53,7 +54,9 @@ def label_queries(
 ) -> LabelSet:
     """Turn the scores of a pair's responses into labels, and store them."""
     rows, weak, strong = paired_qualities(warehouse, queries, scores, pair=pair, metric=metric)
-    relaxation = optimal_relaxation(weak, strong, pairing=settings.pairing)
+    # t* is chosen as training would choose it: without a look at the test queries.
+    train = np.array([split != "test" for split in rows["split"].to_pylist()])
+    relaxation = optimal_relaxation(weak[train], strong[train], pairing=settings.pairing)
     labels = _label_table(rows, weak, strong, relaxation, settings)
     label_set = config_digest(
         [queries.digest, scores.digest, pair.name(), metric, settings.pairing]
@@ -127,7 +130,7 @@ def _label_table(
         "strong_quality": strong.mean(axis=1),
         "deterministic": deterministic_labels(weak, strong),
         "probabilistic": probabilistic_labels(weak, strong, pairing=settings.pairing),
-        "transformed": relaxation.labels,
+        "transformed": transformed_labels(weak, strong, relaxation.t, pairing=settings.pairing),
     }
     table = rows.drop_columns(["weak", "strong"])
     for name, values in labels.items():

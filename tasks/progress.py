@@ -22,3 +22,11 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=CONSOLE, refresh_per_second=4) as bar:
         task = bar.add_task(what, total=total)
         yield lambda steps: bar.advance(task, steps)
+
+
+@contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Show that a stage without countable steps is under way, and how long it took."""
+    with progress(what, 1) as advance:
+        yield
+        advance(1)

@@ -14,6 +14,7 @@ from serving.score import win_rates_in_clean_process
 from tasks import tracking
 from tasks.evaluation import Comparison
 from tasks.gate import Check, Receipt, above_chance, reproduces
+from tasks.progress import stage
 from tasks.training import TrainedRouter
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +45,7 @@ def register_router(store: Store, comparison: Comparison, router: TrainedRouter)
 
     tracking.client(store)
     example = comparison.table.read()["text"].to_pylist()[:2]
-    with mlflow.start_run(run_id=router.run_id):
+    with stage(f"Registering {router.name}"), mlflow.start_run(run_id=router.run_id):
         logged = mlflow.pyfunc.log_model(
             name="router",
             python_model=ROOT / "serving" / "router_model.py",
@@ -113,11 +114,10 @@ def reproduction(
     )
     table = comparison.table.read()
     try:
-        loaded = win_rates_in_clean_process(
-            version.uri(),
-            table["text"].to_pylist(),
-            tracking_uri=store.mlflow_uri(),
-        )
+        with stage("Scoring in a clean process"):
+            loaded = win_rates_in_clean_process(
+                version.uri(), table["text"].to_pylist(), tracking_uri=store.mlflow_uri()
+            )
     except ArtifactError as error:
         bound = f"at most {settings.reproduce_tolerance:g}"
         return Check("reproduces its win rates", str(error), bound, passed=False)

@@ -9,7 +9,11 @@ from typing import Any
 
 import numpy as np
 from prefect import task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 from prefect.context import FlowRunContext
 
 from conf.schema import LLM, Experiment, Pair
@@ -19,6 +23,7 @@ from tasks.evaluation import Comparison, flat, reported_metric
 from tasks.figures import pair_figures
 from tasks.gate import Receipt
 from tasks.labelling import LabelSet
+from tasks.progress import stage
 from tasks.warehouse import Snapshot, Warehouse
 
 # Metric → heading, in the tables for people.
@@ -294,24 +299,35 @@ def publish_report(
     )
     client = tracking.client(store)
     folder = pair.name()
-    for name, figure in pair_figures(label_set, comparison).items():
-        client.log_figure(run_id, figure, f"{folder}/{name}")
+    with stage("Drawing figures"):
+        for name, figure in pair_figures(label_set, comparison).items():
+            client.log_figure(run_id, figure, f"{folder}/{name}")
     for name, snapshot in {"win_rates": comparison.table, "labels": label_set.labels}.items():
         client.log_artifact(run_id, str(snapshot.path), f"{folder}/{name}")
     page = comparison_page(report)
     client.log_text(run_id, page, f"{folder}/comparison.md")
-    client.set_tag(run_id, "mlflow.note.content", page)
-    relaxation = {"t_star": label_set.t, "t_star_objective": label_set.objective}
+    # A run may compare several pairs: each has its own names, and its part of the description.
+    described = client.get_run(run_id).data.tags.get("mlflow.note.content", "")
+    client.set_tag(run_id, "mlflow.note.content", described + page)
+    headline = {
+        "t_star": label_set.t,
+        "t_star_objective": label_set.objective,
+        **flat({"best_apgr": comparison.estimates[comparison.best]["apgr"]}),
+    }
     tracking.log_metrics(
-        store,
-        run_id,
-        {**relaxation, **flat({"best_apgr": comparison.estimates[comparison.best]["apgr"]})},
+        store, run_id, {f"{folder}/{name}": value for name, value in headline.items()}
     )
-    client.set_tag(run_id, "turnout.verdict", receipt.verdict())
-    client.set_tag(run_id, "turnout.best", comparison.best)
+    client.set_tag(run_id, f"turnout.best.{folder}", comparison.best)
+    client.set_tag(run_id, f"turnout.verdict.{folder}", receipt.verdict())
     if FlowRunContext.get():
         create_markdown_artifact(key="comparison", markdown=page, description=folder)
         create_markdown_artifact(key="gate", markdown=receipt.to_markdown(), description=folder)
+        create_link_artifact(
+            key="mlflow-run",
+            link=tracking.run_url(store, run_id),
+            link_text="The run in MLflow",
+            description="Served by `turnout ui` where MLflow has no server of its own",
+        )
     return report
 
 
@@ -328,6 +344,8 @@ def comparison_page(report: PairReport) -> str:
         f"## {report.pair.weak} or {report.pair.strong}\n\n"
         f"{report.queries} queries, {how}; quality is {report.metric}; {relaxation}.\n\n"
         f"Strong minus weak: {gaps}.\n\n{markdown_table(report.rows())}\n"
+        "CPT50 and CPT80: share of strong calls at which that much of the gap is recovered. "
+        "drop@20%: quality lost, in % of all-strong, with 20 % of the queries on the weak LLM.\n\n"
         f"Best: **{report.best}**, {report.receipt.verdict()}.\n"
     )
 

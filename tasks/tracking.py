@@ -49,6 +49,13 @@ def experiment_id(store: Store) -> str:
     return str(mlflow_client.create_experiment(store.experiment, artifact_location=location))
 
 
+def run_url(store: Store, run_id: str) -> str:
+    """Return where MLflow's UI shows a run: its server, or the one that `turnout ui` starts."""
+    uri = store.mlflow_uri()
+    server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+    return f"{server}/#/experiments/{experiment_id(store)}/runs/{run_id}"
+
+
 @contextmanager
 def parent_run(experiment: Experiment) -> Iterator[str]:
     """Open the run of one pipeline run and yield its id; it is closed whatever happens."""

@@ -108,7 +108,8 @@ def training_digest(
 
 @cache
 def _code_digest() -> str:
-    sources = sorted((Path(__file__).parent.parent / "router_models").glob("*.py"))
+    models = Path(__file__).parent.parent / "router_models"
+    sources = [*sorted(models.glob("*.py")), Path(__file__)]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 

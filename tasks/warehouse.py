@@ -8,7 +8,7 @@ the digest of its rows.
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,10 +170,19 @@ class Warehouse:
         digest = table_digest(rows)
         path = self.directory / "snapshots" / f"{table}-{digest}.parquet"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_suffix(f".{time.time_ns()}.tmp")
-            pq.write_table(rows, unfinished)
-            unfinished.rename(path)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pq.write_table(rows, unfinished)
+                unfinished.rename(path)
+            except OSError as error:
+                with suppress(OSError):
+                    unfinished.unlink()
+                raise StoreError(
+                    f"The snapshot {path} cannot be written: {error}. Expected room on the disk "
+                    "and a folder that may be written. See to it and run again; what was stored "
+                    "before is intact."
+                ) from error
         return Snapshot(table=table, digest=digest, rows=rows.num_rows, path=path.resolve())
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from conf.errors import DataError
 from conf.schema import Labels, Pair
-from router_models.relaxation import optimal_relaxation
+from router_models.relaxation import optimal_relaxation, transformed_labels
 from tasks.labelling import label_queries
 from tasks.warehouse import Snapshot, Warehouse
 
@@ -28,7 +28,7 @@ def stored(
                 "query_id": ids,
                 "text": [f"text of {name}" for name in ids],
                 "domain": ["any"] * n,
-                "split": ["train"] * n,
+                "split": ["test" if row % 5 == 0 else "train" for row in range(n)],
             }
         ),
     )
@@ -50,7 +50,7 @@ def stored(
     return queries, warehouse.write_snapshot("scores", table), ids
 
 
-def test_labels_are_those_of_the_relaxation(tmp_path: Path) -> None:
+def test_labels_are_those_of_the_relaxation_of_the_training_queries(tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
     weak, strong = generator.normal(size=(30, 4)), generator.normal(0.5, size=(30, 6))
     warehouse = Warehouse(tmp_path)
@@ -58,10 +58,14 @@ def test_labels_are_those_of_the_relaxation(tmp_path: Path) -> None:
     found = label_queries.fn(
         warehouse, queries, scores, pair=PAIR, metric="bartscore", settings=Labels()
     )
-    expected = optimal_relaxation(weak, strong)
+    train = np.arange(30) % 5 != 0
+    expected = optimal_relaxation(weak[train], strong[train])
     table = found.labels.read()
     assert table["query_id"].to_pylist() == ids
-    np.testing.assert_array_equal(table["transformed"].to_numpy(), expected.labels)
+    np.testing.assert_array_equal(table["transformed"].to_numpy()[train], expected.labels)
+    np.testing.assert_array_equal(
+        table["transformed"].to_numpy(), transformed_labels(weak, strong, expected.t)
+    )
     np.testing.assert_allclose(table["strong_quality"].to_numpy(), strong.mean(axis=1))
     assert found.t == expected.t
     assert found.unlabelled == 0

@@ -82,7 +82,7 @@ def experiment_file(path: Path, store: Path, urls: tuple[str, str], **changes: A
             {"router": "knn"},
             {"router": "random"},
         ],
-        "evaluation": {"replicates": 500},
+        "evaluation": {"replicates": 500, "folds": 3},
         **changes,
     }
     path.write_text(json.dumps(settings))  # JSON is YAML

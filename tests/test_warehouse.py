@@ -69,6 +69,12 @@ def test_damaged_file_is_reported_and_left_alone(warehouse: Warehouse) -> None:
     assert warehouse.file().read_bytes() == b"no database" * 1000
 
 
+def test_an_unwritable_folder_is_reported(warehouse: Warehouse) -> None:
+    (warehouse.directory / "snapshots").write_text("a file where the folder should be")
+    with pytest.raises(StoreError, match=r"cannot be written: .* Expected room on the disk"):
+        warehouse.write_snapshot("prompts", prompts(("q1", "a", "p1")))
+
+
 HOLD_OPEN = """
 import duckdb, sys
 connection = duckdb.connect(sys.argv[1])
