@@ -143,6 +143,8 @@ def _show(experiment: "Experiment", report: "RunReport") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from tasks.reporting import shown
+
     console = Console()
 
     def show(title: str, rows: list[dict[str, str]]) -> None:
@@ -153,10 +155,14 @@ def _show(experiment: "Experiment", report: "RunReport") -> None:
             table.add_row(*row.values())
         console.print(table)
 
-    show("LLMs", report.leaderboard.rows())
-    for metric, found in report.leaderboard.agreement.items():
-        auc = f"{found.value:.3f} [{found.interval.low:.3f}, {found.interval.high:.3f}]"
-        console.print(f"{metric} tells right from wrong answers with AUC {auc}.\n")
+    board = report.leaderboard
+    brief = [{key: row[key] for key in row if key != "missing"} for row in board.rows(digits=2)]
+    show("LLMs", brief)
+    for standing in board.standings:
+        if standing.missing:
+            console.print(f"[red]{standing.missing} responses of {standing.llm} are missing[/]")
+    for metric, found in board.agreement.items():
+        console.print(f"{metric} tells right from wrong answers with AUC {shown(found)}.\n")
     for pair in report.pairs:
         title = f"Routers between {pair.pair.weak} and {pair.pair.strong}, by {pair.metric}"
         show(title, pair.rows(intervals=("apgr",)))

@@ -62,12 +62,12 @@ class Leaderboard:
     agreement: Mapping[str, Estimate]
     """Metric name → AUC against gold correctness, where gold exists."""
 
-    def rows(self) -> list[dict[str, str]]:
-        """Return one row of text for each LLM."""
+    def rows(self, *, digits: int = 3) -> list[dict[str, str]]:
+        """Return one row of text for each LLM, its qualities with ``digits`` decimals."""
         return [
             {
                 "LLM": standing.llm,
-                **{name: shown(found) for name, found in standing.quality.items()},
+                **{name: shown(found, digits=digits) for name, found in standing.quality.items()},
                 "USD/1k": f"{standing.cost_usd_per_1000:.4f}",
                 "ms": f"{standing.latency_ms:.0f}",
                 "tokens": f"{standing.prompt_tokens:.0f}+{standing.completion_tokens:.0f}",
@@ -127,7 +127,7 @@ class RunReport:
         return report
 
 
-def shown(estimate: Estimate, *, interval: bool = True) -> str:
+def shown(estimate: Estimate, *, interval: bool = True, digits: int = 3) -> str:
     """Return a value for people, with its interval unless told otherwise.
 
     >>> from router_models.statistics import Interval
@@ -136,9 +136,8 @@ def shown(estimate: Estimate, *, interval: bool = True) -> str:
     """
     if np.isnan(estimate.value):
         return f"undefined ({estimate.reason or 'no value'})"
-    if not interval:
-        return f"{estimate.value:.3f}"
-    return f"{estimate.value:.3f} [{estimate.interval.low:.3f}, {estimate.interval.high:.3f}]"
+    ends = f" [{estimate.interval.low:.{digits}f}, {estimate.interval.high:.{digits}f}]"
+    return f"{estimate.value:.{digits}f}{ends if interval else ''}"
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
