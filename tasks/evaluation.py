@@ -38,6 +38,8 @@ class Comparison:
     """Router → metric → value with interval."""
     runs: Mapping[str, str]
     """Router → MLflow run id."""
+    label_kinds: Mapping[str, str]
+    """Trained router → the kind of labels it was trained on."""
     table: Snapshot
     """query_key, query_id, text, domain, both LLMs' qualities and each router's win rate."""
     best: str
@@ -81,6 +83,7 @@ def compare_routers(
         test_digest=config_digest([table["query_key"].to_pylist(), weak.tolist(), strong.tolist()]),
         estimates=estimates,
         runs=runs,
+        label_kinds={router.name: router.settings.labels for router in trained},
         table=warehouse.write_snapshot("evaluation", table),
         best=_best(bootstrap, trained),
     )

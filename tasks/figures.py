@@ -95,22 +95,23 @@ def label_histogram(label_set: LabelSet) -> "Figure":
 
 
 def reliability_diagram(label_set: LabelSet, comparison: Comparison) -> "Figure":
-    """Return predicted against observed win rates of the learned routers."""
-    table, labels = comparison.table.read(), label_set.labels.read()
-    observed = dict(
-        zip(labels["query_key"].to_pylist(), labels["probabilistic"].to_pylist(), strict=True)
-    )
-    outcome = 1 - np.array([observed[key] for key in table["query_key"].to_pylist()])
+    """Return predicted against observed win rates, by the labels each router is trained on."""
+    labels = label_set.labels.read()
+    row_of = {key: row for row, key in enumerate(labels["query_key"].to_pylist())}
+    table = comparison.table.read()
+    rows = [row_of[key] for key in table["query_key"].to_pylist()]
     figure, axes = _figure(5, 5)
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, alpha=0.5)
-    learned = [name for name in comparison.runs if name not in CONTROLS]
+    learned = [name for name in comparison.label_kinds if name not in CONTROLS]
     for colour, name in zip(COLOURS, learned, strict=False):
-        found = reliability(table[name].to_numpy(), outcome, bins=10)
+        observed = 1 - labels[comparison.label_kinds[name]].to_numpy()[rows]
+        found = reliability(table[name].to_numpy(), observed, bins=10)
+        label = f"{name}, off by {found.ece():.3f}"
         axes.plot(
-            found.mean_win_rate, found.mean_outcome, "o-", color=colour, label=name, markersize=4
+            found.mean_win_rate, found.mean_outcome, "o-", color=colour, label=label, markersize=4
         )
     axes.set_xlabel("predicted win rate of the strong LLM")
-    axes.set_ylabel("observed win rate")
+    axes.set_ylabel("observed win rate, by the router's own kind of label")
     axes.set_title("Reliability")
     axes.legend(frameon=False, fontsize=8)
     return figure

@@ -58,14 +58,15 @@ def label_queries(
     train = np.array([split != "test" for split in rows["split"].to_pylist()])
     relaxation = optimal_relaxation(weak[train], strong[train], pairing=settings.pairing)
     labels = _label_table(rows, weak, strong, relaxation, settings)
+    snapshot = warehouse.write_snapshot("labels", labels)
     label_set = config_digest(
-        [queries.digest, scores.digest, pair.name(), metric, settings.pairing]
+        [snapshot.digest, pair.name(), metric, relaxation.t, relaxation.objective]
     )
     _store(warehouse, label_set, labels, relaxation, pair=pair, metric=metric, settings=settings)
     t, objective = relaxation.thinned_curve()
     return LabelSet(
         pair=pair,
-        labels=warehouse.write_snapshot("labels", labels),
+        labels=snapshot,
         curve=warehouse.write_snapshot("relaxation", pa.table({"t": t, "objective": objective})),
         t=relaxation.t,
         objective=relaxation.objective,

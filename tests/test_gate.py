@@ -21,6 +21,7 @@ def comparison(apgr: Estimate) -> Comparison:
         test_digest="abc",
         estimates={"knn": {"apgr": apgr}},
         runs={"knn": "run"},
+        label_kinds={"knn": "probabilistic"},
         table=Snapshot("evaluation", "abc", 300, Path("none")),
         best="knn",
     )
