@@ -75,9 +75,10 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
             "Write it so."
         )
     node: Any = settings
-    *parents, last = key.split(".")
-    for part in parents:
+    part, rest = _first_part(node, key)
+    while rest:
         node = _child(node, part, key)
+        part, rest = _first_part(node, rest)
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -86,9 +87,18 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
             "word, or a [list]. Quote it."
         ) from error
     if isinstance(node, list):
-        node[_position(node, last, key)] = parsed
+        node[_position(node, part, key)] = parsed
     else:
-        node[last] = parsed
+        node[part] = parsed
+
+
+def _first_part(node: Any, key: str) -> tuple[str, str]:
+    """Split a key after its first part; the name of a list's entry may hold dots (gpt-3.5)."""
+    for name in sorted(_names(node), key=len, reverse=True) if isinstance(node, list) else ():
+        if key == name or key.startswith(f"{name}."):
+            return name, key[len(name) + 1 :]
+    part, _, rest = key.partition(".")
+    return part, rest
 
 
 def _child(node: Any, part: str, key: str) -> Any:
@@ -103,11 +113,15 @@ def _child(node: Any, part: str, key: str) -> Any:
     return child
 
 
-def _position(entries: list[Any], part: str, key: str) -> int:
-    names = [
+def _names(entries: list[Any]) -> list[str]:
+    return [
         str(entry.get("name", index)) if isinstance(entry, dict) else str(index)
         for index, entry in enumerate(entries)
     ]
+
+
+def _position(entries: list[Any], part: str, key: str) -> int:
+    names = _names(entries)
     if part in names:
         return names.index(part)
     if part.isdecimal() and int(part) < len(entries):

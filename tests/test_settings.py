@@ -48,6 +48,12 @@ def test_overrides_reach_nested_settings_and_list_entries() -> None:
     assert experiment.generation.samples == 3
 
 
+def test_overrides_reach_entries_whose_names_hold_dots() -> None:
+    overrides = ("llms.gpt-3.5-turbo.limits.concurrency=3",)
+    paper = load_experiment("hybrid_llm_paper", overrides)
+    assert paper.llm("gpt-3.5-turbo").limits.concurrency == 3
+
+
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Decoding().temperature = 1.0
