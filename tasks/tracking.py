@@ -7,6 +7,7 @@ found again by its parent and router, so that a retried task goes on in the same
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -145,6 +146,8 @@ def _started(pid: int) -> str:
 
 def _revision() -> dict[str, str]:
     """Return the git revision of the working directory as a tag, where there is one."""
+    if shutil.which("git") is None:
+        return {}
     found = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
