@@ -219,3 +219,22 @@ def test_bad_settings_are_refused() -> None:
         transformed_labels(weak, strong, -0.1)
     with pytest.raises(DataError, match="labels have shape"):
         label_spread([])
+
+
+def test_two_hundred_queries_with_ten_samples_each() -> None:
+    """The size at which N × N differences can still be formed for every candidate t."""
+    generator = np.random.default_rng(200)
+    weak = np.round(generator.normal(-2, 0.5, (200, 10)), 1)
+    strong = np.round(generator.normal(-1.5, 0.7, (200, 10)), 1)
+    gaps = (strong[:, None, :] - weak[:, :, None]).reshape(200, -1)
+    candidates = np.unique(np.append(gaps[gaps > 0], 0.0))
+
+    def spread(t: float) -> float:
+        labels = (gaps <= t).mean(axis=1)
+        return float(np.abs(labels[:, None] - labels[None, :]).mean())
+
+    values = np.array([spread(t) for t in candidates])
+    found = optimal_relaxation(weak, strong)
+    np.testing.assert_allclose(found.objective, values.max(), rtol=1e-12)
+    assert found.t == candidates[np.flatnonzero(values >= values.max() - 1e-12)[0]]
+    np.testing.assert_array_equal(found.labels, (gaps <= found.t).mean(axis=1))
