@@ -35,9 +35,17 @@ def load_experiment(config: str | Path = DEFAULT, overrides: tuple[str, ...] = (
             f"{path} holds {type(settings).__name__}. Expected a mapping of settings. "
             f"Start from {EXPERIMENTS / 'embedded.yaml'}."
         )
+    settings = _unshared(settings)
     for override in overrides:
         apply_override(settings, override)
     return validated(settings, where=str(path))
+
+
+def _unshared(node: Any) -> Any:
+    """Copy settings so that no part is shared: a YAML anchor makes two names for one mapping."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    return [_unshared(value) for value in node] if isinstance(node, list) else node
 
 
 def experiment_path(config: str | Path) -> Path:

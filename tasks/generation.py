@@ -107,7 +107,7 @@ def collect_responses(
             tables.append(
                 con.sql(
                     """
-                    SELECT query_key, r.llm, prompt_id, sample_index, r.text, prompt_tokens,
+                    SELECT query_key, asked.llm, prompt_id, sample_index, r.text, prompt_tokens,
                            completion_tokens, latency_ms,
                            (prompt_tokens * $input + completion_tokens * $output) / 1e6 AS cost_usd
                     FROM asked JOIN responses r USING (prompt_id)

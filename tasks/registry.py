@@ -140,5 +140,7 @@ def champion(store: Store, model: str) -> str | None:
 
     try:
         return str(tracking.client(store).get_model_version_by_alias(model, CHAMPION).version)
-    except MlflowException:
-        return None
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise

@@ -124,7 +124,16 @@ class RunReport:
         for pair, found in zip(report["pairs"], self.pairs, strict=True):
             pair["pair"] = found.pair.model_dump()
             pair["receipt"]["verdict"] = found.receipt.verdict()
-        return report
+        return _without_nan(report)
+
+
+def _without_nan(value: Any) -> Any:
+    """Return plain values with null for NaN, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def shown(estimate: Estimate, *, interval: bool = True, digits: int = 3) -> str:

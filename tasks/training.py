@@ -147,7 +147,9 @@ def _train_into(
         for number, fold in enumerate([] if holdout else folds):
             kept = unfinished / f"unseen-{number}.npy"
             if not kept.exists():  # a killed training goes on with the fold it was in
-                np.save(kept, predicted(fitted(fold, f"fold-{number}"), fold.predicted))
+                partial = unfinished / f"partial-{number}.npy"
+                np.save(partial, predicted(fitted(fold, f"fold-{number}"), fold.predicted))
+                partial.rename(kept)
             unseen.append(np.load(kept))
             advance(1)
         started = time.monotonic()
@@ -246,6 +248,7 @@ def _log(
     tracking.log_params(store, run_id, settings.model_dump(mode="json"))
     tracking.log_dataset(store, run_id, label_set.labels, name=f"labels {label_set.pair.name()}")
     tracking.log_metrics(store, run_id, {key: notes[key] for key in ("fit_seconds", "latency_ms")})
+    tracking.client(store).log_artifact(run_id, str(directory / "predictions.parquet"), "win_rates")
     for step in notes["history"]:
         known = {name: value for name, value in step.items() if value is not None}
         tracking.log_metrics(store, run_id, known, step=int(known.pop("epoch")))

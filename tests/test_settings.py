@@ -54,6 +54,13 @@ def test_overrides_reach_entries_whose_names_hold_dots() -> None:
     assert paper.llm("gpt-3.5-turbo").limits.concurrency == 3
 
 
+def test_an_override_changes_one_of_several_entries_under_an_anchor() -> None:
+    overrides = ("routers.hybrid-deterministic.trainer.max_epochs=1",)
+    routers = load_experiment("hybrid_llm_paper", overrides).routers
+    epochs = [router.trainer.max_epochs for router in routers if router.router == "hybrid"]
+    assert epochs == [1, 5, 5]
+
+
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Decoding().temperature = 1.0
