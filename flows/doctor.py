@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 from conf.errors import TurnoutError
 from conf.schema import LLM, Experiment
-from router_models import packaged
 from tasks import tracking
+from tasks.endpoints import weights_file
 from tasks.warehouse import Warehouse
 
 PACKAGES = ("prefect", "mlflow", "torch", "lightning", "datasets", "evaluate", "duckdb")
@@ -81,14 +81,10 @@ def _llms(experiment: Experiment) -> Iterator[Finding]:
 
 
 def _embedded(llm: LLM) -> Finding:
-    known = {"smollm2-135m": packaged.smollm2_gguf, "gemma3-270m": packaged.gemma_gguf}
-    weights = llm.endpoint.weights
     try:
-        path = known[str(weights)]() if str(weights) in known else weights
+        return Finding(llm.name, True, str(weights_file(llm)))
     except TurnoutError as error:
-        return Finding(llm.name, False, str(error), "make install")
-    ok = path is not None and os.path.exists(path)
-    return Finding(llm.name, ok, str(path), "" if ok else "correct endpoint.weights")
+        return Finding(llm.name, False, str(error), "make install, or correct endpoint.weights")
 
 
 def _remote(llm: LLM) -> Finding:
