@@ -30,9 +30,10 @@ def pipeline(experiment: Experiment) -> RunReport:
         # Every LLM answers every query several times. What is in the warehouse is not asked again.
         spent_usd = 0.0
         for llm in experiment.llms:
-            spent_usd += generate_responses(
+            asked = generate_responses(
                 warehouse, queries, llm, experiment.generation, spent_usd=spent_usd
-            ).billed_usd
+            )
+            spent_usd += asked.billed_usd + asked.lost_usd
         responses = collect_responses(warehouse, queries, experiment.llms, experiment.generation)
 
         # Each response is scored under each quality metric.

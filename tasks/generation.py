@@ -39,6 +39,8 @@ class GenerationReport:
     failed: int
     """Responses that are not to be had: for good, or this time. The three sum to those wanted."""
     billed_usd: float
+    lost_usd: float
+    """At most so much for answers that may have been billed and never arrived."""
     seconds: float
 
 
@@ -86,6 +88,7 @@ def generate_responses(
         reused=reused,
         failed=asking.failed,
         billed_usd=asking.billed_usd,
+        lost_usd=asking.lost_usd,
         seconds=time.monotonic() - started,
     )
 
