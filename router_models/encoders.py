@@ -5,6 +5,10 @@ with it on the same weights), but never pad. Texts of one token length share a b
 computed for padding, attention needs no mask, and a text's vector does not depend on its
 neighbours. Each distinct text is encoded once, and once per cache.
 
+A causal LLM is an encoder too, cut off after a layer (`smollm2-135m@18`): its middle layers know
+what a text is about and how hard it is, its last ones are busy with the next word
+(docs/results.md: what each layer is worth).
+
 `benchmarks/encoding.py` compares the speed with sentence-transformers' defaults. What pays (CPU
 seconds for 1,500 MMLU prompts on one thread, 57 for sentence-transformers): equal-length batches
 (41), bfloat16 weights where the CPU multiplies bfloat16 natively (25, cosine ≥ 0.9999). Tried and
@@ -17,6 +21,7 @@ routers that train an encoder share the first two.
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,10 +32,16 @@ from typing import Any, Literal
 import numpy as np
 
 from conf.errors import ArtifactError, ConfigError, EndpointError
-from router_models.packaged import minilm_directory
+from router_models.packaged import (
+    dequantised_directory,
+    file_digest,
+    minilm_directory,
+    smollm2_gguf,
+)
 from router_models.persistence import VectorCache
 
 Precision = Literal["float32", "bfloat16"]
+Pooling = Literal["mean", "cls", "last"]
 
 # A text is cut to so many characters per allowed token before it is tokenised: far more than real
 # text needs, and a pasted book costs no more than a page.
@@ -38,12 +49,20 @@ CHARACTERS_PER_TOKEN = 64
 # Below so many rows a matrix product takes another path, whose last bits differ.
 MIN_ROWS = 16
 BATCH_TOKENS = 2048
+# What a folder's encoder is made of: weights, vocabulary, settings (pooling has a folder below).
+ENCODER_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*/config.json")
 # Where a router keeps its own copy of an encoder.
 ENCODER_FOLDER = "encoder"
 # Where neither the encoder's own files nor its tokenizer name a limit.
 DEFAULT_MAX_TOKENS = 512
 OPENAI_CHARACTERS = 8_000
 OPENAI_BATCH = 256
+
+
+PACKAGED = {
+    "minilm": minilm_directory,
+    "smollm2-135m": lambda: dequantised_directory(smollm2_gguf()),
+}
 
 
 class Encoder:
@@ -112,8 +131,10 @@ def load_encoder(
 ) -> Encoder:
     """Return the encoder called ``name``.
 
-    name: `minilm` (packaged), a local folder, a hub name, or `openai:<base_url>#<model>`, an
-    OpenAI-compatible embeddings endpoint whose key is in $OPENAI_API_KEY.
+    name: `minilm` or `smollm2-135m` (packaged), a local folder, a hub name, or
+    `openai:<base_url>#<model>`, an OpenAI-compatible embeddings endpoint whose key is in
+    $OPENAI_API_KEY. All but an endpoint may end in `@18`: states after layer 18 are pooled; or in
+    `@18:last`: of these, the last token's is taken.
     cache: folder for computed vectors; safe to share between processes.
     precision: of the weights; by default bfloat16 where the CPU multiplies it natively.
 
@@ -129,20 +150,61 @@ def load_encoder(
 
         return Encoder(name, digest=digest, vectors=ask, cache=cache)
     chosen = precision or native_precision()
-    local = _packaged(chosen) if name == "minilm" else LocalModel(name, precision=chosen)
+    packaged = _split(name)[0] in PACKAGED
+    local = _packaged(name, chosen) if packaged else LocalModel(name, precision=chosen)
     return Encoder(name, digest=local.digest, vectors=local.vectors, cache=cache, local=local)
 
 
 def save_encoder(encoder: Encoder, directory: Path) -> list[str]:
     """Save weights and tokenizer under ``directory`` and return the subfolders written.
 
-    The packaged encoder and endpoints are not copied: every installation has the one, and nobody
-    has the other. Raises ArtifactError when nothing can be written.
+    Packaged encoders and endpoints are not copied: every installation has the ones, and nobody has
+    the others. Raises ArtifactError when nothing can be written.
     """
-    if encoder.local is None or encoder.name == "minilm":
+    if encoder.local is None or _split(encoder.name)[0] in PACKAGED:
         return []
     save_transformer(encoder.local.model, encoder.local.tokenizer, directory / ENCODER_FOLDER)
     return [ENCODER_FOLDER]
+
+
+def encoder_fingerprint(name: str) -> str:
+    """Return what tells an encoder from another without loading it; takes names as `load_encoder`.
+
+    For the packaged one and for a folder, a hash of weights, tokenizer and settings; a hub or
+    endpoint name stands for itself. Raises ConfigError for a name that cannot be one, ArtifactError
+    for files that cannot be read.
+    """
+    if name.startswith("openai:"):
+        _endpoint(name)
+        return name
+    folder = Path(_source(_split(name)[0]))
+    if not folder.is_dir():
+        return name
+    files = [path for pattern in ENCODER_FILES for path in folder.glob(pattern)]
+    digests = {str(path.relative_to(folder)): file_digest(path) for path in sorted(files)}
+    found = json.dumps([digests, _split(name)[1:]], sort_keys=True)
+    return hashlib.sha256(found.encode()).hexdigest()[:32]
+
+
+def check_encoder(name: str) -> None:
+    """Raise what `load_encoder` would for a name or a folder without a model; load no weights.
+
+    Of a hub model only the configuration is fetched, of an endpoint nothing.
+    """
+    if name.startswith("openai:"):
+        _endpoint(name)
+        return
+    from transformers import AutoConfig
+
+    source = _source(_split(name)[0])
+    try:
+        AutoConfig.from_pretrained(source)
+        if Path(source).is_dir() and not any(
+            path for pattern in ("*.safetensors", "*.bin") for path in Path(source).glob(pattern)
+        ):
+            raise OSError(f"{source} holds no weights.")
+    except (OSError, ValueError) as error:
+        raise _unloadable(name, error) from error
 
 
 def load_saved_encoder(folder: Path, *, description: dict[str, Any]) -> Encoder:
@@ -152,8 +214,10 @@ def load_saved_encoder(folder: Path, *, description: dict[str, Any]) -> Encoder:
     encoder is no longer the same.
     """
     name, digest, precision = (description.get(key) for key in ("name", "digest", "precision"))
-    if precision is not None and name != "minilm":
-        model = LocalModel(str(folder), precision=precision)
+    if precision is not None and _split(str(name))[0] not in PACKAGED:
+        source = str(name)
+        copied = f"{folder}{source.removeprefix(_split(source)[0])}"
+        model = LocalModel(copied, precision=precision)
         model.pooling, model.max_length = description["pooling"], description["max_length"]
         return Encoder(str(name), digest=str(digest), vectors=model.vectors, local=model)
     encoder = load_encoder(str(name), precision=precision)
@@ -173,10 +237,10 @@ def native_precision() -> Precision:
     return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
 
 
-@lru_cache(maxsize=2)
-def _packaged(precision: Precision) -> "LocalModel":
+@lru_cache(maxsize=4)
+def _packaged(name: str, precision: Precision) -> "LocalModel":
     # Folds and routers of one run share it; a folder or hub model may change and is loaded anew.
-    return LocalModel("minilm", precision=precision)
+    return LocalModel(name, precision=precision)
 
 
 class LocalModel:
@@ -185,9 +249,14 @@ class LocalModel:
     def __init__(self, name: str, *, precision: Precision) -> None:
         import torch
 
-        self.model, self.tokenizer = load_transformer(name)
-        self.pooling, limit = _sentence_settings(name)
-        """Mean over all tokens, or the first one's state."""
+        source, layers, last = _split(name)
+        self.model, self.tokenizer = load_transformer(source)
+        if layers is not None:
+            cut_off(self.model, layers=layers, name=name)
+        self.pooling, limit = _sentence_settings(source)
+        """Mean over all tokens, or the state of the first or the last one."""
+        if last:
+            self.pooling = "last"
         self.max_length = min(limit or DEFAULT_MAX_TOKENS, token_limit(self.model, self.tokenizer))
         self.precision = precision
         self.digest = self._digest()
@@ -202,8 +271,11 @@ class LocalModel:
         with torch.inference_mode():
             for rows, batch in equal_length_batches(ids):
                 hidden = self.model(input_ids=torch.from_numpy(batch)).last_hidden_state.float()
-                mean = hidden.mean(dim=1) if self.pooling == "mean" else hidden[:, 0]
-                pooled[rows] = mean[: len(rows)].numpy()
+                kept = hidden[: len(rows)]
+                if self.pooling == "mean":
+                    pooled[rows] = kept.mean(dim=1).numpy()
+                else:
+                    pooled[rows] = kept[:, 0 if self.pooling == "cls" else -1].numpy()
         return pooled
 
     def _digest(self) -> str:
@@ -231,11 +303,7 @@ def load_transformer(name: str) -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModel.from_pretrained(source, dtype=torch.float32).eval()
     except Exception as error:  # transformers lets through whatever a damaged file raises
-        raise ArtifactError(
-            f"The encoder {name!r} cannot be loaded: {error} Expected a transformer with its "
-            "tokenizer, in a local folder or on the hub. Check the name, the folder's files, and "
-            "the network."
-        ) from error
+        raise _unloadable(name, error) from error
     if not tokenizer.is_fast:
         raise ConfigError(
             f"The tokenizer of {name!r} has no fast version. Expected a tokenizer.json or a "
@@ -247,6 +315,51 @@ def load_transformer(name: str) -> tuple[Any, Any]:
     if "pooler" in dict(model.named_children()):
         model.pooler = None  # unused, and often not even trained
     return model, tokenizer
+
+
+def _unloadable(name: str, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"The encoder {name!r} cannot be loaded: {error} Expected a transformer with its "
+        "tokenizer, in a local folder or on the hub. Check the name, the folder's files, and "
+        "the network."
+    )
+
+
+def layer_stack(model: Any) -> Any:
+    """Return a transformer's layers, a ModuleList. Raises ConfigError where there is not one."""
+    import torch
+
+    depth = model.config.num_hidden_layers
+    stacks = [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth
+    ]
+    if len(stacks) != 1:
+        raise ConfigError(
+            f"The model has {len(stacks)} stacks of {depth} layers. Expected one, as encoders and "
+            "causal LLMs have. Name no layer, or choose another model."
+        )
+    return stacks[0]
+
+
+def cut_off(model: Any, *, layers: int, name: str) -> None:
+    """Leave out all layers after the first ``layers``, and the normalisation that follows them.
+
+    Raises ConfigError for a number of layers that the model does not have.
+    """
+    import torch
+
+    stack = layer_stack(model)
+    if not 1 <= layers <= len(stack):
+        raise ConfigError(
+            f"The encoder {name!r} asks for layer {layers}. Expected one of 1 to {len(stack)}. "
+            "Correct the number after the @."
+        )
+    del stack[layers:]
+    model.config.num_hidden_layers = layers
+    if "norm" in dict(model.named_children()):
+        model.norm = torch.nn.Identity()
 
 
 def save_transformer(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -333,22 +446,33 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _split(name: str) -> tuple[str, int | None, bool]:
+    """Return the model's name, the number of layers after an @ if any, and whether :last follows.
+
+    >>> _split("smollm2-135m@30:last"), _split("minilm")
+    (('smollm2-135m', 30, True), ('minilm', None, False))
+    """
+    found = re.fullmatch(r"(.+)@(\d+)(:last)?", name)
+    return (found[1], int(found[2]), found[3] is not None) if found else (name, None, False)
+
+
 def _source(name: str) -> str:
     """Return what transformers loads: a folder, or a hub name as it is."""
-    if name == "minilm":
-        return str(minilm_directory())
+    if name in PACKAGED:
+        return str(PACKAGED[name]())
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise ConfigError(
-            f"The encoder {name!r} is no folder. Expected minilm, an existing folder, a hub name "
-            "such as microsoft/deberta-v3-large, or openai:<base_url>#<model>. Correct the path."
+            f"The encoder {name!r} is no folder. Expected minilm, smollm2-135m, an existing folder,"
+            " a hub name such as microsoft/deberta-v3-large, or openai:<base_url>#<model>. Correct "
+            "the path."
         )
     return name
 
 
-def _sentence_settings(name: str) -> tuple[Literal["mean", "cls"], int | None]:
+def _sentence_settings(name: str) -> tuple[Pooling, int | None]:
     """Return pooling and token limit as sentence-transformers' own files state them."""
     modules = _sentence_file(name, "modules.json") or []
     kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]

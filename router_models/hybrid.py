@@ -1,38 +1,38 @@
 """Hybrid LLM's router: an encoder fine-tuned to tell when the weak LLM will do.
 
 Ding et al., "Hybrid LLM: Cost-Efficient and Quality-Aware Query Routing", arXiv 2404.14618.
-The training (from `_train` on) stands here too, so that this one file is the whole router.
+What is particular to its training stands here; the loop itself is `lightning_loop.train`.
 """
 
 import hashlib
-import logging
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from conf.errors import ConfigError
-from conf.schema import Hybrid
+from conf.schema import Hybrid, Settings
 from router_models.encoders import (
     ENCODER_FOLDER,
     equal_length_batches,
+    layer_stack,
     load_transformer,
     save_transformer,
     token_ids,
     token_limit,
     weights_digest,
 )
+from router_models.lightning_loop import (
+    History,
+    Progress,
+    TokenBatches,
+    decaying,
+    scoring_device,
+    train,
+)
 from router_models.persistence import not_fitted, read_state, settings_json, write_state
 from router_models.training_data import Comparisons
-
-Progress = Callable[[int, int], None]
-
-# Queries are sorted by length within pools of so many batches.
-POOL_BATCHES = 32
 
 
 class HybridRouter:
@@ -60,7 +60,7 @@ class HybridRouter:
         self.network_: Any = None
         """torch ModuleDict of `encoder` and `head`."""
         self.tokenizer_: Any = None
-        self.history_: list[dict[str, float | None]] = []
+        self.history_: History = []
         """Per epoch: epoch, train_loss, validation_loss, learning_rate."""
 
     def fit(
@@ -92,11 +92,10 @@ class HybridRouter:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = _network(encoder, dropout=self.config.dropout, mean=data[0][1].mean())
-            _freeze(network, trained_layers=self.config.trained_layers)
-            self.history_ = _train(
+            freeze(network, trained_layers=self.config.trained_layers)
+            self.history_ = self._train(
                 network,
                 data,
-                config=self.config,
                 padding=tokenizer.pad_token_id or 0,
                 seed=seed,
                 directory=directory,
@@ -116,10 +115,7 @@ class HybridRouter:
             self.config.max_length, token_limit(self.network_["encoder"], self.tokenizer_)
         )
         ids = token_ids(self.tokenizer_, prompts, max_length=max_length) if len(prompts) else []
-        import torch
-
-        wanted = self.config.trainer.accelerator in ("gpu", "auto") and torch.cuda.is_available()
-        self.network_.to("cuda" if wanted else "cpu").eval()
+        self.network_.to(scoring_device(self.config.trainer))
         return _win_rates(self.network_, ids)
 
     def save(self, directory: Path) -> None:
@@ -159,6 +155,54 @@ class HybridRouter:
         router.history_ = state.values["history"]
         return router
 
+    def _train(
+        self,
+        network: Any,
+        data: list[tuple[list[list[int]], np.ndarray]],
+        *,
+        padding: int,
+        seed: int,
+        directory: Path | None,
+        on_progress: Progress | None,
+    ) -> History:
+        """Train in place; data: (token numbers, win rates) of training and maybe validation."""
+        import torch
+
+        settings = self.config.trainer
+
+        def loss(batch: Any) -> Any:
+            ids, mask, labels = batch
+            logits = _logits(network, ids, mask).float()
+            return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+
+        def validation_loss() -> float:
+            ids, labels = data[1]
+            return _loss(_win_rates(network, ids), labels)
+
+        def weight_groups() -> list[dict[str, Any]]:
+            rates = {"encoder": settings.learning_rate, "head": settings.head_learning_rate}
+            return [
+                group
+                for part, rate in rates.items()
+                for group in decaying(
+                    network[part].parameters(), rate=rate, weight_decay=settings.weight_decay
+                )
+            ]
+
+        return train(
+            network,
+            TokenBatches(*data[0], size=settings.batch_size, padding=padding, seed=seed),
+            loss=loss,
+            validation_loss=validation_loss if data[1:] else None,
+            weight_groups=weight_groups,
+            settings=settings,
+            name=self.config.name,
+            checkpoint=f"hybrid-{training_digest(network, data, self.config, seed)}",
+            seed=seed,
+            directory=directory,
+            on_progress=on_progress,
+        )
+
 
 def _network(encoder: Any, *, dropout: float, mean: float) -> Any:
     """Return encoder and head; the head starts at the mean label, whatever the query."""
@@ -175,13 +219,16 @@ def _network(encoder: Any, *, dropout: float, mean: float) -> Any:
 
 def _logits(network: Any, ids: Any, mask: Any) -> Any:
     """Return one logit per row, (B,), of (B, length) tokens; mask: (B, length), or None for all."""
-    hidden = network["encoder"](input_ids=ids, attention_mask=mask).last_hidden_state
+    return network["head"](network["dropout"](pooled(network["encoder"], ids, mask))).squeeze(-1)
+
+
+def pooled(encoder: Any, ids: Any, mask: Any) -> Any:
+    """Return the mean of each row's last hidden states, (B, d); ids and mask as in `_logits`."""
+    hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     if mask is None:
-        pooled = hidden.mean(dim=1)
-    else:
-        weight = mask.unsqueeze(-1).to(hidden.dtype)
-        pooled = (hidden * weight).sum(dim=1) / weight.sum(dim=1)
-    return network["head"](network["dropout"](pooled)).squeeze(-1)
+        return hidden.mean(dim=1)
+    weight = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weight).sum(dim=1) / weight.sum(dim=1)
 
 
 def _win_rates(network: Any, ids: list[list[int]]) -> np.ndarray:
@@ -197,308 +244,35 @@ def _win_rates(network: Any, ids: list[list[int]]) -> np.ndarray:
     return win_rate
 
 
-def _freeze(network: Any, *, trained_layers: int | None) -> None:
+def freeze(network: Any, *, trained_layers: int | None) -> None:
     """Leave only the encoder's last layers, and the head, to be trained."""
-    import torch
 
     encoder = network["encoder"]
     network.train()
     if trained_layers is None:
         return
-    depth = encoder.config.num_hidden_layers
-    stacks = [
-        module
-        for module in encoder.modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth
-    ]
-    if len(stacks) != 1 or trained_layers > depth:
+    stack = layer_stack(encoder)
+    if trained_layers > len(stack):
         raise ConfigError(
-            f"trained_layers is {trained_layers}, and the encoder has {depth} layers in "
-            f"{len(stacks)} stacks. Expected at most {depth} layers, in one stack. "
-            "Correct trained_layers, or leave it out."
+            f"trained_layers is {trained_layers}, and the encoder has {len(stack)} layers. "
+            f"Expected at most {len(stack)}. Correct trained_layers, or leave it out."
         )
     # Frozen layers stay in evaluation mode: their dropout would be noise that nothing learns from.
     encoder.requires_grad_(False).eval()
-    for layer in stacks[0][depth - trained_layers :]:
+    for layer in stack[len(stack) - trained_layers :]:
         layer.requires_grad_(True).train()
 
 
-class _Batches:
-    """Batches of padded token numbers, masks and labels; their order follows from seed and epoch.
-
-    Queries of like length share a batch, which saves a third of the time on short questions. A
-    plain iterable, not a DataLoader: the data are in memory, and each device takes its own share.
-    """
-
-    def __init__(
-        self, ids: list[list[int]], labels: np.ndarray, *, size: int, padding: int, seed: int
-    ) -> None:
-        self.ids, self.labels = ids, labels
-        self.size, self.padding, self.seed = size, padding, seed
-        self.epoch, self.rank, self.ranks = 0, 0, 1
-
-    def __len__(self) -> int:
-        return -(-len(self.ids) // (self.size * self.ranks))
-
-    def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
-        random = np.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(len(self.ids))
-        # Sorted within pools, not as a whole, so that large data still mix; ties stay shuffled.
-        lengths = np.array([len(tokens) for tokens in self.ids])
-        pool = np.arange(len(order)) // (POOL_BATCHES * self.size)
-        order = order[np.lexsort((lengths[order], pool))]
-        batches = np.split(order, np.arange(self.size, len(order), self.size))
-        batches = [batches[at] for at in random.permutation(len(batches))]
-        # All devices must make the same number of steps: the last ones start from the front again.
-        for step in range(len(self)):
-            yield self.batch(batches[(step * self.ranks + self.rank) % len(batches)])
-
-    def batch(self, rows: np.ndarray) -> tuple[Any, Any, Any]:
-        """Return tokens (B, longest), mask (B, longest) and labels (B,) as tensors."""
-        import torch
-
-        longest = max(len(self.ids[row]) for row in rows)
-        ids = np.full((len(rows), longest), self.padding, dtype=np.int64)
-        mask = np.zeros((len(rows), longest), dtype=np.int64)
-        for at, row in enumerate(rows):
-            ids[at, : len(self.ids[row])] = self.ids[row]
-            mask[at, : len(self.ids[row])] = 1
-        labels = self.labels[rows].astype(np.float32)
-        return torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels)
+def _loss(win_rate: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean binary cross-entropy."""
+    likely = np.clip(win_rate, 1e-7, 1 - 1e-7)
+    return float(-np.mean(labels * np.log(likely) + (1 - labels) * np.log1p(-likely)))
 
 
-def _train(
+def training_digest(
     network: Any,
     data: list[tuple[list[list[int]], np.ndarray]],
-    *,
-    config: Hybrid,
-    padding: int,
-    seed: int,
-    directory: Path | None,
-    on_progress: Progress | None,
-) -> list[dict[str, float | None]]:
-    """Train ``network`` in place and return one dict per epoch.
-
-    data: (token numbers, win rates) of the training and, if there is one, the validation part.
-    """
-    import torch
-
-    batches = _Batches(*data[0], size=config.trainer.batch_size, padding=padding, seed=seed)
-    checkpoint = None
-    if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        checkpoint = directory / f"hybrid-{_training_digest(network, data, config, seed)}.ckpt"
-    resume = checkpoint is not None and _is_usable(checkpoint)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    with _quiet_lightning(), tempfile.TemporaryDirectory() as scratch:
-        try:
-            trainer = _trainer(config, scratch)
-            module = _module(
-                network,
-                batches,
-                data[1:],
-                config=config,
-                seed=seed,
-                checkpoint=checkpoint,
-                on_progress=on_progress,
-            )
-            trainer.fit(
-                module, batches, ckpt_path=checkpoint if resume else None, weights_only=True
-            )
-        finally:
-            torch.use_deterministic_algorithms(deterministic)
-    if module.best is not None:
-        network.load_state_dict(module.best, strict=False)
-    network.float().cpu().eval()
-    if checkpoint is not None and trainer.is_global_zero:
-        checkpoint.unlink(missing_ok=True)
-        checkpoint.with_suffix(".partial").unlink(missing_ok=True)
-    return list(module.history)
-
-
-def _is_usable(checkpoint: Path) -> bool:
-    """Tell whether training can go on from a checkpoint; set a damaged one aside, and warn."""
-    import torch
-
-    if not checkpoint.exists():
-        return False
-    try:
-        torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch lets through whatever the damage makes it stumble over
-        checkpoint.replace(checkpoint.with_suffix(".damaged"))
-        warnings.warn(
-            f"The checkpoint {checkpoint} is damaged ({error}) and was set aside; training starts "
-            "from the beginning.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-        return False
-    return True
-
-
-def _trainer(config: Hybrid, scratch: str) -> Any:
-    import lightning.pytorch as pl
-
-    settings = config.trainer
-    return pl.Trainer(
-        max_epochs=settings.max_epochs,
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        num_nodes=settings.nodes,
-        strategy=settings.strategy,
-        precision=settings.precision,
-        gradient_clip_val=1.0,
-        deterministic=True,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=scratch,
-    )
-
-
-def _module(
-    network: Any,
-    batches: _Batches,
-    validation: list[tuple[list[list[int]], np.ndarray]],
-    *,
-    config: Hybrid,
-    seed: int,
-    checkpoint: Path | None,
-    on_progress: Progress | None,
-) -> Any:
-    """Return the LightningModule; made in a function so that importing this file stays cheap."""
-    import lightning.pytorch as pl
-    import torch
-
-    class Training(pl.LightningModule):
-        """One epoch: shuffle, train, validate, keep the best weights, write the checkpoint."""
-
-        strict_loading = False  # frozen weights are left out
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-            self.history: list[dict[str, Any]] = []
-            self.best: dict[str, Any] | None = None
-            self.losses: list[tuple[Any, int]] = []
-
-        def configure_optimizers(self) -> Any:
-            batches.rank, batches.ranks = self.global_rank, self.trainer.world_size
-            return _optimizer(network, config, steps=config.trainer.max_epochs * len(batches))
-
-        def on_train_start(self) -> None:
-            # The killed run may have got as far as its last epoch.
-            self.trainer.should_stop = bool(self.history) and self.patience_is_spent()
-
-        def on_train_epoch_start(self) -> None:
-            # Order and dropout depend on seed and epoch only, so a resumed run repeats them.
-            batches.epoch = self.current_epoch
-            torch.manual_seed(seed + 1_000_003 * self.current_epoch + 7_919 * self.global_rank)
-            self.losses = []
-
-        def training_step(self, batch: Any, index: int) -> Any:
-            ids, mask, labels = batch
-            logits = _logits(network, ids, mask).float()
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
-            self.losses.append((loss.detach(), len(labels)))
-            if on_progress is not None:
-                done = self.current_epoch * len(batches) + index + 1
-                on_progress(done, config.trainer.max_epochs * len(batches))
-            return loss
-
-        def on_train_epoch_end(self) -> None:
-            rows = sum(count for _, count in self.losses)
-            entry: dict[str, Any] = {
-                "epoch": self.current_epoch,
-                "train_loss": sum(float(loss) * count for loss, count in self.losses) / rows,
-                "validation_loss": None,
-                "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
-            }
-            if validation:
-                entry["validation_loss"] = _loss(network, *validation[0])
-            if not np.isfinite(entry["train_loss"]):
-                raise ConfigError(
-                    f"Training of {config.name!r} diverged: its loss in epoch {self.current_epoch} "
-                    f"is {entry['train_loss']}. Expected a finite loss. Lower "
-                    "trainer.learning_rate, or choose another trainer.precision."
-                )
-            self.history.append(entry)
-            self.trainer.should_stop = self.patience_is_spent()
-            if validation and self.best_epoch() == len(self.history) - 1:
-                self.best = _trained_state(network)
-            if checkpoint is not None:
-                partial = checkpoint.with_suffix(".partial")
-                self.trainer.save_checkpoint(partial)
-                if self.trainer.is_global_zero:
-                    partial.replace(checkpoint)
-
-        def best_epoch(self) -> int:
-            return int(np.argmin([entry["validation_loss"] for entry in self.history]))
-
-        def patience_is_spent(self) -> bool:
-            waited = len(self.history) - 1 - self.best_epoch() if validation else 0
-            return waited >= config.trainer.patience
-
-        def on_save_checkpoint(self, state: dict[str, Any]) -> None:
-            kept = _trained_state(network)
-            state["state_dict"] = {f"network.{name}": value for name, value in kept.items()}
-            state["best"], state["history"] = self.best, self.history
-
-        def on_load_checkpoint(self, state: dict[str, Any]) -> None:
-            self.best, self.history = state["best"], state["history"]
-
-    return Training()
-
-
-def _optimizer(network: Any, config: Hybrid, *, steps: int) -> dict[str, Any]:
-    """AdamW; both rates rise linearly and fall linearly, biases and norms do not decay."""
-    import torch
-
-    settings = config.trainer
-    groups = []
-    for part, rate in (
-        ("encoder", settings.learning_rate),
-        ("head", settings.head_learning_rate),
-    ):
-        trained = [weight for weight in network[part].parameters() if weight.requires_grad]
-        matrices = [weight for weight in trained if weight.ndim > 1]
-        vectors = [weight for weight in trained if weight.ndim <= 1]
-        groups += [
-            {"params": matrices, "lr": rate, "weight_decay": settings.weight_decay},
-            {"params": vectors, "lr": rate, "weight_decay": 0.0},
-        ]
-    optimizer = torch.optim.AdamW(groups)
-    warmup = max(1, round(settings.warmup_share * steps))
-
-    def share(step: int) -> float:
-        return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)), 1.0)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def _loss(network: Any, ids: list[list[int]], labels: np.ndarray) -> float:
-    """Return the mean binary cross-entropy as `win_rate` would have it, modes left as they were."""
-    modes = [(module, module.training) for module in network.modules()]
-    win_rate = np.clip(_win_rates(network, ids), 1e-7, 1 - 1e-7)
-    for module, mode in modes:
-        module.training = mode
-    return float(-np.mean(labels * np.log(win_rate) + (1 - labels) * np.log1p(-win_rate)))
-
-
-def _trained_state(network: Any) -> dict[str, Any]:
-    return {
-        name: weight.detach().clone()
-        for name, weight in network.named_parameters()
-        if weight.requires_grad
-    }
-
-
-def _training_digest(
-    network: Any,
-    data: list[tuple[list[list[int]], np.ndarray]],
-    config: Hybrid,
+    config: Settings,
     seed: int,
 ) -> str:
     """Hash what determines the trained weights."""
@@ -508,19 +282,3 @@ def _training_digest(
         digest.update(repr(ids).encode() + labels.tobytes())
     digest.update(str(seed).encode())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's hardware report, tips and advice off the terminal."""
-    import lightning.pytorch  # noqa: F401  # sets the level that is changed here
-
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)

@@ -1,14 +1,11 @@
 """RouteLLM's matrix factorisation: what each LLM is good at, learned from any battles.
 
 Ong et al., "RouteLLM: Learning to Route LLMs with Preference Data", arXiv 2406.18665, section 4.2.
-The training (from `_network` on) stands here too, so that this one file is the whole router.
+What is particular to its training stands here; the loop itself is `lightning_loop.train`.
 """
 
 import hashlib
-import logging
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +22,10 @@ from router_models.encoders import (
     load_saved_encoder,
     save_encoder,
 )
+from router_models.lightning_loop import History, Progress, decaying, train
 from router_models.persistence import not_fitted, read_state, settings_json, write_state
 from router_models.tiers import connected_battles, llm_numbers
 from router_models.training_data import Comparisons
-
-Progress = Callable[[int, int], None]
 
 WEIGHTS = ("vectors", "projection", "bias", "output")
 # With few battles, batches shrink until an epoch has so many steps, but not below MIN_BATCH.
@@ -60,7 +56,7 @@ class MatrixFactorizationRouter:
         self.weights_: dict[str, np.ndarray] = {}
         """v (LLMs, m), W1 (d, m), b (m,) and w2 (m,): as in WEIGHTS, float32."""
         self.weak_, self.strong_ = "", ""
-        self.history_: list[dict[str, float | None]] = []
+        self.history_: History = []
         """Per epoch: epoch, train_loss, validation_loss, learning_rate."""
 
     def fit(
@@ -93,13 +89,8 @@ class MatrixFactorizationRouter:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = _network(len(llms), data[0].embeddings.shape[1], self.config.dimension)
-            self.history_ = _train(
-                network,
-                data,
-                config=self.config,
-                seed=seed,
-                directory=directory,
-                on_progress=on_progress,
+            self.history_ = self._train(
+                network, data, seed=seed, directory=directory, on_progress=on_progress
             )
         self.encoder_, self.llms_, self.weights_ = encoder, llms, _arrays(network)
         self.weak_, self.strong_ = train.weak, train.strong
@@ -208,6 +199,49 @@ class MatrixFactorizationRouter:
         self.llms_ = [*self.llms_, name]
         return self
 
+    def _train(
+        self,
+        network: Any,
+        data: list["_Battles"],
+        *,
+        seed: int,
+        directory: Path | None,
+        on_progress: Progress | None,
+    ) -> History:
+        """Train in place; data: the training and, if there is one, the validation part."""
+        import torch
+
+        settings = self.config.trainer
+        noise = self.config.noise * data[0].embeddings.shape[1] ** -0.5
+
+        def loss(batch: Any) -> Any:
+            embeddings, a, b, a_wins = batch
+            noisy = embeddings + noise * torch.randn_like(embeddings)
+            logits = _logits(network, noisy, a, b).float()
+            return torch.nn.functional.binary_cross_entropy_with_logits(logits, a_wins)
+
+        def weight_groups() -> list[dict[str, Any]]:
+            return decaying(
+                network.parameters(),
+                rate=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+            )
+
+        with _one_thread():
+            return train(
+                network,
+                _Batches(data[0], size=settings.batch_size, seed=seed),
+                loss=loss,
+                validation_loss=(lambda: _loss(network, data[1])) if data[1:] else None,
+                weight_groups=weight_groups,
+                settings=settings,
+                name=self.config.name,
+                checkpoint=f"mf-{_training_digest(data, self.config, seed)}",
+                seed=seed,
+                directory=directory,
+                on_progress=on_progress,
+            )
+
     def _features(self, prompts: Sequence[str]) -> np.ndarray:
         """Return w2 ⊙ (W1ᵀ v_q + b), (n, m) float64, whose product with v_M is the score."""
         assert self.encoder_ is not None
@@ -305,10 +339,7 @@ def _arrays(network: Any) -> dict[str, np.ndarray]:
 
 
 class _Batches:
-    """Shuffled batches of embeddings, LLMs and outcomes; the order follows from seed and epoch.
-
-    A plain iterable, not a DataLoader: the data are in memory, and each device takes its own share.
-    """
+    """Shuffled batches of embeddings, LLMs and outcomes; the order follows from seed and epoch."""
 
     def __init__(self, battles: _Battles, *, size: int, seed: int) -> None:
         import torch
@@ -340,211 +371,6 @@ class _Batches:
         return self.embeddings[self.query[rows]], self.a[rows], self.b[rows], self.a_wins[rows]
 
 
-def _train(
-    network: Any,
-    data: list[_Battles],
-    *,
-    config: MatrixFactorization,
-    seed: int,
-    directory: Path | None,
-    on_progress: Progress | None,
-) -> list[dict[str, float | None]]:
-    """Train ``network`` in place and return one dict per epoch.
-
-    data: the training and, if there is one, the validation part.
-    """
-    import torch
-
-    batches = _Batches(data[0], size=config.trainer.batch_size, seed=seed)
-    checkpoint = None
-    if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        checkpoint = directory / f"mf-{_training_digest(data, config, seed)}.ckpt"
-    resume = checkpoint is not None and _is_usable(checkpoint)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    with _quiet_lightning(), _one_thread(), tempfile.TemporaryDirectory() as scratch:
-        try:
-            trainer = _trainer(config, scratch)
-            module = _module(
-                network,
-                batches,
-                data[1:],
-                config=config,
-                seed=seed,
-                checkpoint=checkpoint,
-                on_progress=on_progress,
-            )
-            trainer.fit(
-                module, batches, ckpt_path=checkpoint if resume else None, weights_only=True
-            )
-        finally:
-            torch.use_deterministic_algorithms(deterministic)
-    if module.best is not None:
-        network.load_state_dict(module.best)
-    network.float().cpu().eval()
-    if checkpoint is not None and trainer.is_global_zero:
-        checkpoint.unlink(missing_ok=True)
-        checkpoint.with_suffix(".partial").unlink(missing_ok=True)
-    return list(module.history)
-
-
-def _is_usable(checkpoint: Path) -> bool:
-    """Tell whether training can go on from a checkpoint; set a damaged one aside, and warn."""
-    import torch
-
-    if not checkpoint.exists():
-        return False
-    try:
-        torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch lets through whatever the damage makes it stumble over
-        checkpoint.replace(checkpoint.with_suffix(".damaged"))
-        warnings.warn(
-            f"The checkpoint {checkpoint} is damaged ({error}) and was set aside; training starts "
-            "from the beginning.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-        return False
-    return True
-
-
-def _trainer(config: MatrixFactorization, scratch: str) -> Any:
-    import lightning.pytorch as pl
-
-    settings = config.trainer
-    return pl.Trainer(
-        max_epochs=settings.max_epochs,
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        num_nodes=settings.nodes,
-        strategy=settings.strategy,
-        precision=settings.precision,
-        gradient_clip_val=1.0,
-        deterministic=True,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=scratch,
-    )
-
-
-def _module(
-    network: Any,
-    batches: _Batches,
-    validation: list[_Battles],
-    *,
-    config: MatrixFactorization,
-    seed: int,
-    checkpoint: Path | None,
-    on_progress: Progress | None,
-) -> Any:
-    """Return the LightningModule; made in a function so that importing this file stays cheap."""
-    import lightning.pytorch as pl
-    import torch
-
-    noise = config.noise * batches.embeddings.shape[1] ** -0.5
-
-    class Training(pl.LightningModule):
-        """One epoch: shuffle, train, validate, keep the best weights, write the checkpoint."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-            self.history: list[dict[str, Any]] = []
-            self.best: dict[str, Any] | None = None
-            self.losses: list[tuple[Any, int]] = []
-
-        def configure_optimizers(self) -> Any:
-            batches.rank, batches.ranks = self.global_rank, self.trainer.world_size
-            return _optimizer(network, config, steps=config.trainer.max_epochs * len(batches))
-
-        def on_train_start(self) -> None:
-            # The killed run may have got as far as its last epoch.
-            self.trainer.should_stop = bool(self.history) and self.patience_is_spent()
-
-        def on_train_epoch_start(self) -> None:
-            # Order and noise depend on seed and epoch only, so a resumed run repeats them.
-            batches.epoch = self.current_epoch
-            torch.manual_seed(seed + 1_000_003 * self.current_epoch + 7_919 * self.global_rank)
-            self.losses = []
-
-        def training_step(self, batch: Any, index: int) -> Any:
-            embeddings, a, b, a_wins = batch
-            noisy = embeddings + noise * torch.randn_like(embeddings)
-            logits = _logits(network, noisy, a, b).float()
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, a_wins)
-            self.losses.append((loss.detach(), len(a_wins)))
-            if on_progress is not None:
-                done = self.current_epoch * len(batches) + index + 1
-                on_progress(done, config.trainer.max_epochs * len(batches))
-            return loss
-
-        def on_train_epoch_end(self) -> None:
-            rows = sum(count for _, count in self.losses)
-            entry: dict[str, Any] = {
-                "epoch": self.current_epoch,
-                "train_loss": sum(float(loss) * count for loss, count in self.losses) / rows,
-                "validation_loss": None,
-                "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
-            }
-            if validation:
-                entry["validation_loss"] = _loss(network, validation[0])
-            if not np.isfinite(entry["train_loss"]):
-                raise ConfigError(
-                    f"Training of {config.name!r} diverged: its loss in epoch {self.current_epoch} "
-                    f"is {entry['train_loss']}. Expected a finite loss. Lower "
-                    "trainer.learning_rate, or choose another trainer.precision."
-                )
-            self.history.append(entry)
-            self.trainer.should_stop = self.patience_is_spent()
-            if validation and self.best_epoch() == len(self.history) - 1:
-                self.best = _copied_state(network)
-            if checkpoint is not None:
-                partial = checkpoint.with_suffix(".partial")
-                self.trainer.save_checkpoint(partial)
-                if self.trainer.is_global_zero:
-                    partial.replace(checkpoint)
-
-        def best_epoch(self) -> int:
-            return int(np.argmin([entry["validation_loss"] for entry in self.history]))
-
-        def patience_is_spent(self) -> bool:
-            waited = len(self.history) - 1 - self.best_epoch() if validation else 0
-            return waited >= config.trainer.patience
-
-        def on_save_checkpoint(self, state: dict[str, Any]) -> None:
-            state["best"], state["history"] = self.best, self.history
-
-        def on_load_checkpoint(self, state: dict[str, Any]) -> None:
-            self.best, self.history = state["best"], state["history"]
-
-    return Training()
-
-
-def _optimizer(network: Any, config: MatrixFactorization, *, steps: int) -> dict[str, Any]:
-    """AdamW; the rate rises linearly and falls linearly, and b does not decay."""
-    import torch
-
-    settings = config.trainer
-    matrices = [weight for weight in network.parameters() if weight.ndim > 1]
-    vectors = [weight for weight in network.parameters() if weight.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-    )
-    warmup = max(1, round(settings.warmup_share * steps))
-
-    def share(step: int) -> float:
-        return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)), 1.0)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
 def _loss(network: Any, battles: _Battles) -> float:
     """Return the mean binary cross-entropy without noise, as `win_rate` would have it."""
     import torch
@@ -558,10 +384,6 @@ def _loss(network: Any, battles: _Battles) -> float:
         logits = _logits(network, embeddings, a, b).double()
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, a_wins.double())
         return float(loss)
-
-
-def _copied_state(network: Any) -> dict[str, Any]:
-    return {name: weight.detach().clone() for name, weight in network.state_dict().items()}
 
 
 def _training_digest(data: list[_Battles], config: MatrixFactorization, seed: int) -> str:
@@ -589,19 +411,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's hardware report, tips and advice off the terminal."""
-    import lightning.pytorch  # noqa: F401  # sets the level that is changed here
-
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)

@@ -52,8 +52,8 @@ class SimilarityWeightedRouter:
     S is held to [−1, 1], and the largest cosine taken as at least 0.01.
     Requirements: battles that link the routed pair, through other LLMs too; memory for all
     distinct training queries' vectors.
-    Relations: `knn` weighs the routed pair's own battles only; `mf` learns from the same battles
-    and needs none of them afterwards.
+    Relations: `knn` weighs the battles on the nearest queries only; `mf` learns from the same
+    battles and needs none of them afterwards.
 
     >>> SimilarityWeightedRouter(SimilarityWeighted(name="example")).config.tiers
     10
@@ -162,15 +162,24 @@ class SimilarityWeightedRouter:
         """
         if self.encoder_ is None:
             raise not_fitted(self.config.name)
-        for llm in (strong, weak):
+        scores = self.scores(prompts, llms=[strong, weak])
+        return 0.5 * (1 + np.tanh((scores[:, 0] - scores[:, 1]) / 2))
+
+    def scores(self, prompts: Sequence[str], *, llms: Sequence[str]) -> np.ndarray:
+        """Return each query's ratings of ``llms``, (n, len(llms)), natural log-odds.
+
+        LLMs of one tier have the same; only differences within a row mean something. Raises
+        ConfigError for an LLM without battles.
+        """
+        if self.encoder_ is None:
+            raise not_fitted(self.config.name)
+        for llm in llms:
             if llm not in self.tiers_:
                 raise ConfigError(
                     unknown_name("LLM", llm, self.tiers_)
                     + " Expected LLMs with battles in the training data. Choose one of them."
                 )
-        ratings = self.tier_ratings(prompts)
-        gap = ratings[:, self.tiers_[strong]] - ratings[:, self.tiers_[weak]]
-        return 0.5 * (1 + np.tanh(gap / 2))
+        return self.tier_ratings(prompts)[:, [self.tiers_[llm] for llm in llms]]
 
     def tier_ratings(self, prompts: Sequence[str]) -> np.ndarray:
         """Return each query's ratings of the tiers, (n, tiers), natural log-odds of mean 0."""

@@ -14,6 +14,15 @@ import numpy as np
 from conf.errors import DataError
 
 
+def same_prompt(prompt: str) -> str:
+    """Return what prompts that differ in case and white space only have in common.
+
+    >>> same_prompt("Who  is he? ") == same_prompt("who is he?")
+    True
+    """
+    return " ".join(prompt.split()).casefold()
+
+
 @dataclass(frozen=True)
 class Comparisons:
     """Rows of (query, LLM a, LLM b, probability that a wins), and the pair to be routed between.
@@ -91,6 +100,24 @@ class Comparisons:
             )
         win_rate = np.where(forward, self.a_wins, 1 - self.a_wins)[met]
         return [prompt for prompt, keep in zip(self.prompts, met, strict=True) if keep], win_rate
+
+    def joined(self, other: "Comparisons | None") -> "Comparisons":
+        """Return these rows and the ``other`` ones; qualities only where both have them."""
+        if other is None:
+            return self
+
+        def both(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+            return None if first is None or second is None else np.concatenate([first, second])
+
+        return replace(
+            self,
+            prompts=self.prompts + other.prompts,
+            llm_a=self.llm_a + other.llm_a,
+            llm_b=self.llm_b + other.llm_b,
+            a_wins=np.concatenate([self.a_wins, other.a_wins]),
+            weak_quality=both(self.weak_quality, other.weak_quality),
+            strong_quality=both(self.strong_quality, other.strong_quality),
+        )
 
     def take(self, rows: np.ndarray) -> "Comparisons":
         """Return the rows at ``rows`` (integer positions)."""

@@ -1,8 +1,9 @@
 """Score queries with a registered router in a process of its own.
 
 MLflow lets code that a process has already imported win over the code that a model brings along,
-so a version is judged only in a process that has loaded nothing else:
-`python -m serving.score MODEL_URI QUERIES.json WIN_RATES.json`.
+so a version is judged only in a process that has loaded nothing else. This file is that process's
+script too, and so imports nothing of Turnout at its top, not even the errors:
+`python -P serving/score.py MODEL_URI QUERIES.json WIN_RATES.json`.
 """
 
 import json
@@ -13,8 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from conf.errors import ArtifactError
-
 
 def win_rates_in_clean_process(
     model_uri: str, queries: Sequence[str], *, tracking_uri: str
@@ -23,6 +22,8 @@ def win_rates_in_clean_process(
 
     Raises ArtifactError when it cannot be loaded or fails.
     """
+    from conf.errors import ArtifactError
+
     with TemporaryDirectory() as directory:
         asked, answered = Path(directory, "queries.json"), Path(directory, "win_rates.json")
         asked.write_text(json.dumps(list(queries)), encoding="utf-8")
@@ -31,7 +32,9 @@ def win_rates_in_clean_process(
             "MLFLOW_REGISTRY_URI": tracking_uri,
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
-        command = [sys.executable, "-m", "serving.score", model_uri, str(asked), str(answered)]
+        # -P: with a script's own folder or the working directory first on the path, this tree
+        # could come before the model's code.
+        command = [sys.executable, "-P", __file__, model_uri, str(asked), str(answered)]
         ended = subprocess.run(
             command, env=environment, cwd=directory, capture_output=True, text=True, check=False
         )

@@ -6,6 +6,7 @@ and what is in flight is still received.
 """
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -31,6 +32,16 @@ class Request:
     """Sample indices without a response."""
 
 
+def request_seed(seed: int, prompt_id: str, sample_index: int) -> int:
+    """Return the seed of one sample of one prompt; consecutive samples have consecutive seeds.
+
+    A server counts on from a request's seed by itself, so a sample has the same seed however many
+    share its request. Two prompts share none: their answers' noise would be alike. Fits 32 bits.
+    """
+    drawn = hashlib.sha256(f"{seed} {prompt_id}".encode()).digest()
+    return (int.from_bytes(drawn[:4]) >> 2) + sample_index
+
+
 @dataclass
 class Asking:
     """One LLM being asked: a few workers, what they have spent, and what stops them."""
@@ -39,8 +50,6 @@ class Asking:
     settings: Generation
     total: int
     spent_usd: float
-    answers: bool
-    """Whether the LLM ever answered one of these prompts."""
     requests: int = 0
     received: int = 0
     failed: int = 0
@@ -49,8 +58,6 @@ class Asking:
     """The most that the requests in flight can cost."""
     lost_usd: float = 0.0
     """The most that requests can have cost whose answers never arrived."""
-    unproven: list[Row] = field(default_factory=list)
-    """Failures for good, as long as nothing was answered: the settings may be at fault."""
     examples: list[str] = field(default_factory=list)
     stopped_by: TurnoutError | None = None
     stop: asyncio.Event = field(default_factory=asyncio.Event)
@@ -73,8 +80,6 @@ class Asking:
 
         async with Client(self.llm, endpoint) as client:
             await asyncio.gather(*(work(client) for _ in range(self.llm.limits.concurrency)))
-        if self.unproven and self.stopped_by is None:
-            write(self.unproven)
 
     def _parts(self, request: Request, most_samples: int) -> list[Request]:
         """Return the request in parts of as many samples as may share one."""
@@ -92,7 +97,7 @@ class Asking:
         """Ask until every sample has arrived, failed, or the run is stopped."""
         missing = list(request.missing)
         while missing and self.stopped_by is None:
-            seed = self.llm.decoding.seed + missing[0]
+            seed = request_seed(self.llm.decoding.seed, request.prompt_id, missing[0])
             worst_usd = self._worst_case_usd(request.prompt, len(missing))
             if not self._reserve(worst_usd):
                 return
@@ -106,8 +111,7 @@ class Asking:
                     on_failure=partial(self._lose, worst_usd),
                 )
             except PermanentFailure as failure:
-                self.unproven += [self._row(request, k, error=str(failure)) for k in missing]
-                self._write_proven(write)
+                write([self._row(request, k, error=str(failure)) for k in missing])
                 self.fail(len(missing), str(failure))
                 advance(len(missing))
                 return
@@ -122,8 +126,6 @@ class Asking:
                 self.reserved_usd -= worst_usd
             rows = self._rows(request, missing, reply)
             write(rows)
-            self.answers = True
-            self._write_proven(write)
             self.received += len(rows)
             self.billed_usd += sum(row["billed_usd"] for row in rows)
             advance(len(rows))
@@ -152,7 +154,7 @@ class Asking:
             "prompt_id": request.prompt_id,
             "sample_index": sample_index,
             "llm": self.llm.name,
-            "seed": self.llm.decoding.seed + sample_index,
+            "seed": request_seed(self.llm.decoding.seed, request.prompt_id, sample_index),
             "created_at": datetime.now(UTC).isoformat(),
             **columns,
         }
@@ -191,12 +193,6 @@ class Asking:
             )
         )
         return False
-
-    def _write_proven(self, write: Callable[[Sequence[Row]], None]) -> None:
-        """Keep failures for good once the LLM has answered something, which clears the settings."""
-        if self.answers and self.unproven:
-            write(self.unproven)
-            self.unproven = []
 
     def _stop(self, error: TurnoutError) -> None:
         """Let the requests in flight end, and ask nothing more; the first reason counts."""

@@ -24,7 +24,6 @@ WEIGHTS: dict[str, Callable[[], Path]] = {
 }
 NO_KEY = "none"  # the openai client insists on one
 SLOTS = 20  # sequences that the embedded server decodes together
-SLOT_TOKENS = 768  # prompt and answer of one of them
 START_S = 120.0  # longest wait for the weights to load
 STOP_S = 20.0
 # One key-value buffer for all slots is faster for SmolLM2 (15 against 9 responses a second), and
@@ -59,7 +58,7 @@ def serving_endpoint(llm: LLM) -> Iterator[ServedEndpoint]:
     options = {
         "weights": str(weights_file(llm)),
         "slots": SLOTS,
-        "slot_tokens": SLOT_TOKENS,
+        "slot_tokens": llm.endpoint.context_tokens,
         "threads": len(os.sched_getaffinity(0)),
         "kv_unified": str(llm.endpoint.weights) not in SEPARATE_BUFFERS,
     }

@@ -10,10 +10,16 @@ from prefect import task
 from conf.errors import DataError
 from conf.load import config_digest
 from conf.schema import Evaluation, Pair, Store
-from router_models.frontier import oracle_win_rate, quality_at
-from router_models.statistics import Bootstrap, Estimate, bootstrap_metrics
+from router_models.frontier import Frontier, RankedQueries, oracle_win_rate
+from router_models.statistics import (
+    Bootstrap,
+    Estimate,
+    bootstrap_metrics,
+    interval,
+    resamples,
+)
 from tasks import tracking
-from tasks.labelling import LabelSet, paired_qualities
+from tasks.labelling import RatedQueries, paired_qualities
 from tasks.progress import stage
 from tasks.training import TrainedRouter
 from tasks.warehouse import Snapshot, Warehouse
@@ -21,6 +27,7 @@ from tasks.warehouse import Snapshot, Warehouse
 ORACLE = "oracle"
 CONTROLS = ("random", "length", ORACLE)
 WEAK_SHARES_PERCENT = (10, 20, 40)
+COST_COLUMNS = ("weak_cost_usd", "strong_cost_usd")
 
 
 @dataclass(frozen=True)
@@ -41,24 +48,28 @@ class Comparison:
     label_kinds: Mapping[str, str]
     """Trained router → the kind of labels it was trained on."""
     table: Snapshot
-    """query_key, query_id, text, domain, both LLMs' qualities and each router's win rate."""
+    """query_key, query_id, text, domain, both LLMs' qualities, their cost_usd of one response where
+    it is known, and each router's win rate."""
     best: str
-    """The router, controls left out, with the highest APGR."""
+    """The router with the highest APGR; a control only where there is nothing else."""
 
 
 @task(task_run_name="compare routers of {label_set.pair.weak}")
 def compare_routers(
     store: Store,
-    label_set: LabelSet,
+    label_set: RatedQueries,
     trained: Sequence[TrainedRouter],
-    responses: Snapshot,
+    responses: Snapshot | None,
     *,
     metric: str,
     settings: Evaluation,
     seed: int,
     parent_id: str,
 ) -> Comparison:
-    """Evaluate all routers of a pair against each other and log the numbers to their runs."""
+    """Evaluate all routers of a pair against each other and log the numbers to their runs.
+
+    responses: what the LLMs answered and what it cost, where it is known: money saved is logged.
+    """
     table = evaluated_queries(label_set, trained)
     weak, strong = table["weak_quality"].to_numpy(), table["strong_quality"].to_numpy()
     names = [*(router.name for router in trained), ORACLE]
@@ -72,14 +83,24 @@ def compare_routers(
     with tracking.child_run(store, parent_id, ORACLE, tags=tags) as oracle_run:
         runs = {**{router.name: router.run_id for router in trained}, ORACLE: oracle_run}
     warehouse = Warehouse(store.directory)
-    savings = saved_usd_per_1000(warehouse, table, responses, win_rates, pair=label_set.pair)
     for name in names:
-        tracking.log_metrics(store, runs[name], {**flat(estimates[name]), **savings[name]})
-    return Comparison(
+        tracking.log_metrics(store, runs[name], flat(estimates[name]))
+    if responses is not None:
+        table = with_costs(warehouse, table, responses, pair=label_set.pair)
+        savings = saved_usd_per_1000(
+            win_rates,
+            *(table[column].to_numpy() for column in COST_COLUMNS),
+            replicates=settings.replicates,
+            seed=seed,
+            level=settings.confidence,
+        )
+        for name in names:
+            tracking.log_metrics(store, runs[name], flat(savings[name]))
+    comparison = Comparison(
         pair=label_set.pair,
         metric=metric,
         queries=table.num_rows,
-        out_of_fold=table.num_rows == label_set.labels.rows,
+        out_of_fold=not _is_held_out(label_set, table),
         test_digest=config_digest([table["query_key"].to_pylist(), weak.tolist(), strong.tolist()]),
         estimates=estimates,
         runs=runs,
@@ -87,9 +108,36 @@ def compare_routers(
         table=warehouse.write_snapshot("evaluation", table),
         best=_best(bootstrap, trained),
     )
+    _describe(store, comparison)
+    return comparison
 
 
-def evaluated_queries(label_set: LabelSet, trained: Sequence[TrainedRouter]) -> pa.Table:
+def _describe(store: Store, comparison: Comparison) -> None:
+    """Say on each router's run what it was judged on; the tags are columns in MLflow's list."""
+    how = "out of fold" if comparison.out_of_fold else "held out"
+    evaluated = f"{comparison.queries} queries {how}"
+    for name, run_id in comparison.runs.items():
+        apgr = comparison.estimates[name]["apgr"]
+        found = f"APGR {apgr.value:.3f} [{apgr.interval.low:.3f}, {apgr.interval.high:.3f}]"
+        if np.isnan(apgr.value):
+            found = f"APGR is undefined: {apgr.reason}"
+        tags = {
+            "turnout.metric": comparison.metric,
+            "turnout.test_digest": comparison.test_digest,
+            "turnout.evaluated": evaluated,
+            tracking.NOTE_TAG: f"`{name}` between {comparison.pair.weak} (weak) and "
+            f"{comparison.pair.strong} (strong), on {evaluated} by {comparison.metric}.\n\n{found}; "
+            "0.5 is chance.",
+        }
+        tracking.set_tags(store, run_id, tags)
+
+
+def _is_held_out(queries: RatedQueries, table: pa.Table) -> bool:
+    """Tell whether exactly the test split is evaluated."""
+    return queries.labels.read()["split"].to_pylist().count("test") == table.num_rows
+
+
+def evaluated_queries(label_set: RatedQueries, trained: Sequence[TrainedRouter]) -> pa.Table:
     """Return the predicted queries, ordered by id, with qualities and each router's win rate."""
     labels = label_set.labels.read()
     columns = ["query_key", "query_id", "text", "domain", "weak_quality", "strong_quality"]
@@ -112,18 +160,10 @@ def evaluated_queries(label_set: LabelSet, trained: Sequence[TrainedRouter]) -> 
     return table.append_column(ORACLE, pa.array(oracle))
 
 
-def saved_usd_per_1000(
-    warehouse: Warehouse,
-    table: pa.Table,
-    responses: Snapshot,
-    win_rates: Mapping[str, np.ndarray],
-    *,
-    pair: Pair,
-) -> dict[str, dict[str, float]]:
-    """Return, for each router, US dollars saved per 1,000 queries against all-strong.
-
-    At 10, 20 and 40 % of the queries on the weak LLM; one response a query, priced as configured.
-    """
+def with_costs(
+    warehouse: Warehouse, table: pa.Table, responses: Snapshot, *, pair: Pair
+) -> pa.Table:
+    """Return the queries with what one response of each LLM costs, in US dollars as configured."""
     rows = warehouse.query(
         "SELECT llm, query_key, avg(cost_usd) AS usd FROM read_parquet($responses) "
         "WHERE llm IN ($weak, $strong) GROUP BY llm, query_key",
@@ -131,15 +171,43 @@ def saved_usd_per_1000(
     ).to_pylist()
     usd = {(row["llm"], row["query_key"]): row["usd"] for row in rows}
     keys = table["query_key"].to_pylist()
-    weak, strong = (np.array([usd[llm, key] for key in keys]) for llm in (pair.weak, pair.strong))
-    return {
-        name: {
-            f"saved_usd_per_1000_at_{share}": 1000
-            * float(strong.mean() - quality_at(rate, weak, strong, 1 - share / 100))
-            for share in WEAK_SHARES_PERCENT
+    for column, llm in zip(COST_COLUMNS, (pair.weak, pair.strong), strict=True):
+        table = table.append_column(column, pa.array([usd[llm, key] for key in keys]))
+    return table
+
+
+def saved_usd_per_1000(
+    win_rates: Mapping[str, np.ndarray],
+    weak_usd: np.ndarray,
+    strong_usd: np.ndarray,
+    *,
+    replicates: int,
+    seed: int,
+    level: float,
+) -> dict[str, dict[str, Estimate]]:
+    """Return, for each router, US dollars saved per 1,000 queries against all-strong.
+
+    At 10, 20 and 40 % of the queries on the weak LLM. The bills are (N,), of one response; what is
+    saved is the "quality drop" of the curve whose quality is the bill, and its interval comes of
+    the same draws of queries as the metrics'.
+    """
+    saved: dict[str, dict[str, Estimate]] = {}
+    for name, rate in win_rates.items():
+        ranked = RankedQueries(rate, weak_usd, strong_usd)
+        draws = resamples(len(weak_usd), replicates=replicates, seed=seed)
+        drawn = np.array([_saved_usd(ranked.curve(counts)) for counts in draws])
+        point = _saved_usd(ranked.curve())
+        saved[name] = {
+            f"saved_usd_per_1000_at_{share}": Estimate(
+                point[at], interval(drawn[:, at], level=level)
+            )
+            for at, share in enumerate(WEAK_SHARES_PERCENT)
         }
-        for name, rate in win_rates.items()
-    }
+    return saved
+
+
+def _saved_usd(bill: Frontier) -> list[float]:
+    return [1000 * bill.quality_drop_at(share / 100).absolute for share in WEAK_SHARES_PERCENT]
 
 
 def flat(estimates: Mapping[str, Estimate], prefix: str = "") -> dict[str, float]:
@@ -189,12 +257,9 @@ def reported_metric(
 
 
 def _best(bootstrap: Bootstrap, trained: Sequence[TrainedRouter]) -> str:
-    candidates = [router.name for router in trained if router.settings.router not in CONTROLS]
+    names = [router.name for router in trained]
+    learned = [router.name for router in trained if router.settings.router not in CONTROLS]
+    candidates = learned or names
     apgr = {name: bootstrap.point[name]["apgr"] for name in candidates}
-    if not candidates:
-        raise DataError(
-            f"Only controls were trained: {[router.name for router in trained]}. Expected at "
-            "least one router. Add one under routers."
-        )
     # With no gap to recover every APGR is NaN; the first router stands in and the gate rejects it.
     return max(candidates, key=lambda name: -np.inf if np.isnan(apgr[name]) else apgr[name])

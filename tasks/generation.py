@@ -1,15 +1,17 @@
 """Generation: every LLM answers every query several times; what was ever received is kept.
 
 A response has an address: a hash of what determines it (model, template, decoding, rendered
-prompt) and its sample index. Only addresses without a row are asked for; a response that failed for
-good has a row too. A response that arrives is appended to a journal at once, and the journal is
-ingested at the end or by the next run, so a killed run loses nothing but the requests in flight.
+prompt) and its sample index. Only what has not been received is asked for. A response that failed
+for good is a row with its reason; each run asks for it once more, for a key, a limit or a filter
+may have been mended since, and an answer takes the row's place. A response that arrives is appended
+to a journal at once, and the journal is ingested at the end or by the next run, so a killed run
+loses nothing but the requests in flight.
 """
 
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from string import Formatter
 
@@ -66,12 +68,8 @@ def generate_responses(
     requests = missing_requests(warehouse, prompts, settings.samples)
     total = len(set(prompts["prompt_id"].to_pylist())) * settings.samples
     wanted = sum(len(request.missing) for request in requests)
-    failed_before = failure_reasons(warehouse, prompts, settings.samples)
-    reused = total - wanted - len(failed_before)
-    asking = Asking(llm, settings, total=total, spent_usd=spent_usd, answers=reused > 0)
-    if failed_before:
-        asking.fail(len(failed_before), *failed_before)
-    if requests and asking.stopped_by is None:
+    asking = Asking(llm, settings, total=total, spent_usd=spent_usd)
+    if requests:
         with (
             serving_endpoint(llm) as endpoint,
             open_journal(warehouse) as write,
@@ -85,7 +83,7 @@ def generate_responses(
         llm=llm.name,
         requests=asking.requests,
         new=asking.received,
-        reused=reused,
+        reused=total - wanted,
         failed=asking.failed,
         billed_usd=asking.billed_usd,
         lost_usd=asking.lost_usd,
@@ -102,29 +100,32 @@ def collect_responses(
     Their cost_usd is that of one response asked for alone at the configured prices, which is what
     serving costs; what was billed for generating them is less where samples shared a prompt.
     """
-    tables = []
-    for llm in llms:
-        prompts = prompt_table(queries, llm)
-        with warehouse.connection() as con:
-            con.register("asked", prompts)
-            tables.append(
-                con.sql(
-                    """
-                    SELECT query_key, asked.llm, prompt_id, sample_index, r.text, prompt_tokens,
-                           completion_tokens, latency_ms,
-                           (prompt_tokens * $input + completion_tokens * $output) / 1e6 AS cost_usd
-                    FROM asked JOIN responses r USING (prompt_id)
-                    WHERE r.error IS NULL AND sample_index < $samples
-                    ORDER BY query_key, sample_index
-                    """,
-                    params={
-                        "samples": settings.samples,
-                        "input": llm.prices.input_usd_per_million,
-                        "output": llm.prices.output_usd_per_million,
-                    },
-                ).to_arrow_table()
-            )
-    return warehouse.write_snapshot("responses", pa.concat_tables(tables))
+    answers = (
+        part for llm in llms for part in _responses(warehouse, queries, llm, settings.samples)
+    )
+    return warehouse.write_snapshot("responses", answers)
+
+
+def _responses(
+    warehouse: Warehouse, queries: Snapshot, llm: LLM, samples: int
+) -> Iterator[pa.Table]:
+    prompts = prompt_table(queries, llm).drop_columns(["prompt"])
+    return warehouse.parts(
+        """
+        SELECT query_key, asked.llm, prompt_id, sample_index, r.text, prompt_tokens,
+               completion_tokens, latency_ms,
+               (prompt_tokens * $input + completion_tokens * $output) / 1e6 AS cost_usd
+        FROM asked JOIN responses r USING (prompt_id)
+        WHERE r.error IS NULL AND sample_index < $samples
+        ORDER BY query_key, sample_index
+        """,
+        {
+            "samples": samples,
+            "input": llm.prices.input_usd_per_million,
+            "output": llm.prices.output_usd_per_million,
+        },
+        tables={"asked": prompts},
+    )
 
 
 def prompt_table(queries: Snapshot, llm: LLM) -> pa.Table:
@@ -188,12 +189,12 @@ def _llm_digest(llm: LLM) -> str:
 
 
 def missing_requests(warehouse: Warehouse, prompts: pa.Table, samples: int) -> list[Request]:
-    """Return what has to be asked, in the order of the queries; nothing that has a row."""
+    """Return what has to be asked, in the order of the queries; nothing that was received."""
     with warehouse.connection() as con:
         con.register("asked", prompts.select(["prompt_id"]))
         rows = con.execute(
             "SELECT prompt_id, list(sample_index) FROM responses "
-            "WHERE prompt_id IN (SELECT prompt_id FROM asked) GROUP BY prompt_id"
+            "WHERE error IS NULL AND prompt_id IN (SELECT prompt_id FROM asked) GROUP BY prompt_id"
         ).fetchall()
     there = {prompt_id: set(indices) for prompt_id, indices in rows}
     unique = dict(zip(prompts["prompt_id"].to_pylist(), prompts["prompt"].to_pylist(), strict=True))
@@ -206,15 +207,3 @@ def missing_requests(warehouse: Warehouse, prompts: pa.Table, samples: int) -> l
         for prompt_id, prompt in unique.items()
     ]
     return [request for request in requests if request.missing]
-
-
-def failure_reasons(warehouse: Warehouse, prompts: pa.Table, samples: int) -> list[str]:
-    """Return why responses to these prompts failed for good, one reason for each response."""
-    with warehouse.connection() as con:
-        con.register("asked", prompts.select(["prompt_id"]))
-        rows = con.execute(
-            "SELECT error FROM responses WHERE error IS NOT NULL AND sample_index < ? "
-            "AND prompt_id IN (SELECT prompt_id FROM asked)",
-            [samples],
-        ).fetchall()
-    return [str(row[0]) for row in rows]

@@ -118,8 +118,23 @@ def _recover(warehouse: Warehouse, path: Path) -> int:
     return new
 
 
-def _ingest(warehouse: Warehouse, rows: list[Row]) -> int:
-    return warehouse.ingest("responses", pa.Table.from_pylist(rows, schema=SCHEMA))
+def _ingest(warehouse: Warehouse, rows: Sequence[Row]) -> int:
+    """Add rows; what comes after a failure takes its place, and nothing that of an answer."""
+    latest: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        address = row["prompt_id"], row["sample_index"]
+        if address not in latest or latest[address].get("error") is not None:
+            latest[address] = row
+    if not latest:
+        return 0
+    with warehouse.connection() as con:
+        con.register("arrived", pa.Table.from_pylist(list(latest.values()), schema=SCHEMA))
+        con.execute(
+            "DELETE FROM responses WHERE error IS NOT NULL AND (prompt_id, sample_index) IN "
+            "(SELECT prompt_id, sample_index FROM arrived)"
+        )
+        added = con.execute("INSERT OR IGNORE INTO responses BY NAME SELECT * FROM arrived")
+        return int(added.fetchall()[0][0])
 
 
 def _parsed(line: bytes) -> list[Row] | None:

@@ -26,13 +26,19 @@ KINDS = ("deterministic", "probabilistic", "transformed")
 
 
 @dataclass(frozen=True)
-class LabelSet:
-    """The labels of one pair, and how they came about."""
+class RatedQueries:
+    """The queries on which a pair's routers are compared."""
 
     pair: Pair
     labels: Snapshot
-    """query_key, query_id, text, domain, split, weak_quality, strong_quality and one column for
-    each kind of label, ordered by query_id."""
+    """query_key, query_id, text, domain, split, weak_quality, strong_quality, ordered by query_id;
+    of a `LabelSet` also one column for each kind of label."""
+
+
+@dataclass(frozen=True)
+class LabelSet(RatedQueries):
+    """The labels of one pair, and how they came about."""
+
     curve: Snapshot
     """t and objective: f(t) of the transformed labels."""
     t: float
@@ -86,7 +92,8 @@ def paired_qualities(
         """
         WITH side AS (
             SELECT query_key, llm, list(value ORDER BY sample_index) AS quality
-            FROM read_parquet($scores) WHERE metric = $metric GROUP BY query_key, llm
+            FROM read_parquet($scores) WHERE metric = $metric AND llm IN ($weak, $strong)
+            GROUP BY query_key, llm
         ),
         samples AS (SELECT llm, max(len(quality)) AS samples FROM side GROUP BY llm)
         SELECT q.query_key, query_id, text, domain, split, w.quality AS weak, s.quality AS strong

@@ -1,35 +1,28 @@
 """Preference data: who answered better, said by people, by known answers or by a judge.
 
-Three layouts come in, one table comes out (columns as in SCHEMA): Chatbot Arena's battles, and
-RouteLLM's judge battles of the same schema; RouteLLM's response CSVs, whose correct and wrong
-answers make verdicts (D_gold); alpaca_eval's judgements against one reference LLM. From the table
-follow `Comparisons`, of all LLMs or, grouped into tiers, of the routed pair (arXiv 2406.18665,
-section 4.1). The adapters leave out what cannot be used, and count it.
+One table of battles (columns as in SCHEMA), wherever they come from (`tasks/preference_sources.py`,
+`tasks/judging.py`). From it follow `Comparisons`, of all LLMs or, grouped into tiers, of the routed
+pair (arXiv 2406.18665, section 4.1), without prompts that a test will ask.
 
-A long file: the adapters, the table and its checks are read, and changed, together.
+A long file: the table, what follows from it and its checks are read, and changed, together.
 """
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
-from prefect import task
+import pyarrow.compute as pc
 
 from conf.errors import DataError, unknown_name
 from router_models.tiers import llm_tiers
-from router_models.training_data import Comparisons
-from tasks.warehouse import Snapshot, Warehouse
+from router_models.training_data import Comparisons, same_prompt
 
-Layout = Literal["arena", "gold", "alpaca"]
-Source = Literal["arena", "gold", "judge"]
+Source = Literal["arena", "gold", "judge", "responses"]
 
 SCHEMA = pa.schema(
     [
@@ -47,14 +40,10 @@ SCHEMA = pa.schema(
         ("domain", pa.string()),
     ]
 )
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-FLAGS = ("winner_model_a", "winner_tie", "winner_model_b")
 VERDICTS = {"a": 1.0, "tie": 0.5, "b": 0.0}
-WINNERS = {"model_a": "a", "model_b": "b", "tie": "tie", "tie (bothbad)": "tie"}
 CONTAMINATED = "contaminated_prompts.jsonl"
-ALPACA_REFERENCE = "gpt4_1106_preview"
-# Nearer to 0 or 1 a judge's probability says nothing but that it is certain.
-CERTAIN = 0.01
+# Reasons for leaving rows out, which more than one source has.
+AGAINST_ITSELF = "an LLM against itself"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,147 +54,42 @@ class Preferences:
     left_out: Mapping[str, int]
 
 
-@dataclass(frozen=True)
-class IngestedPreferences:
-    """Where the battles lie, and how many rows were left out, by reason."""
-
-    snapshot: Snapshot
-    left_out: Mapping[str, int]
-
-
-@task(task_run_name="ingest {layout} preferences")
-def ingest_preferences(
-    warehouse: Warehouse, layout: Layout, path: str, *, source: Source | None = None
-) -> IngestedPreferences:
-    """Store the battles found at ``path`` and return them as a snapshot.
-
-    source: who gave an arena layout's verdicts, people (arena, the default) or a judge.
-    """
-    found = preferences(layout, path, source=source)
-    warehouse.ingest("preferences", found.rows)
-    return IngestedPreferences(warehouse.write_snapshot("preferences", found.rows), found.left_out)
+def battle(battle_id: str, prompt: str, a: str, b: str, a_wins: float) -> dict[str, Any]:
+    """Return one row for `battle_table`; ``a_wins`` is a verdict or the probability of one."""
+    verdict = "tie" if a_wins == 0.5 else "a" if a_wins > 0.5 else "b"
+    return {
+        "battle_id": battle_id,
+        "prompt": prompt,
+        "llm_a": a,
+        "llm_b": b,
+        "verdict": verdict,
+        "a_wins": float(a_wins),
+    }
 
 
-def preferences(layout: Layout, path: str, *, source: Source | None = None) -> Preferences:
-    """Return the battles found at ``path``, read as ``layout``."""
-    if layout == "arena":
-        return arena_preferences(path, source=source or "arena")
-    return gold_preferences(Path(path)) if layout == "gold" else alpaca_preferences(Path(path))
-
-
-def arena_preferences(path: str, *, source: Source = "arena") -> Preferences:
-    """Return the battles of a hub dataset, a folder or a file in Chatbot Arena's schema.
-
-    Columns: model_a, model_b, prompt (JSON-encoded turns, of which the first is routed; plain text
-    is taken as it is), and winner_model_a, winner_model_b, winner_tie, or one column `winner`. id
-    is optional. Raises DataError for missing columns and for rows without exactly one verdict.
-    """
-    columns = _arena_columns(path)
-    names = sorted(columns)
-    judged = [name for name in FLAGS if name in columns] if "winner" not in columns else ["winner"]
-    needed = ["model_a", "model_b", "prompt", *(judged if judged == ["winner"] else FLAGS)]
-    if missing := [name for name in needed if name not in columns]:
+def battle_table(records: list[dict[str, Any]], *, source: Source, dataset: str) -> pa.Table:
+    """Return the battles as a table, each once; raises DataError when there are none."""
+    if not records:
         raise DataError(
-            f"{path} has the columns {', '.join(names)}; {', '.join(missing)} is missing. Expected "
-            f"model_a, model_b, prompt and {', '.join(FLAGS)} (or winner). Rename the columns."
+            f"{dataset} holds no battle that can be used. Expected rows with a prompt and two "
+            "different LLMs. Check the file."
         )
-    records, left_out = [], Counter[str]()
-    for row, (a, b, prompt) in enumerate(
-        zip(columns["model_a"], columns["model_b"], columns["prompt"], strict=True)
-    ):
-        text = _first_turn(prompt)
-        verdict = _verdict({name: columns[name][row] for name in judged}, row)
-        if not text.strip():
-            left_out["no text in the first turn"] += 1
-        elif a == b:
-            left_out["an LLM against itself"] += 1
-        else:
-            battle_id = columns["id"][row] if "id" in columns else row
-            records.append(_record(str(battle_id), text, str(a), str(b), VERDICTS[verdict]))
-    return Preferences(_table(records, source=source, dataset=path), left_out)
+    for record in records:
+        record |= {"source": source, "dataset": dataset}
+        content = json.dumps([record.get(name) for name in SCHEMA.names[1:]], ensure_ascii=False)
+        record["preference_key"] = hashlib.sha256(content.encode()).hexdigest()[:24]
+    return distinct_battles(pa.Table.from_pylist(records, schema=SCHEMA))
 
 
-def gold_preferences(path: Path, *, contaminated: Path | None = None) -> Preferences:
-    """Return the battles in a response CSV, or in all CSVs of a folder, between all its LLMs.
-
-    A CSV has the columns `prompt` and, for each LLM, whether it answered correctly: True or False,
-    or a score in [0, 1]. Text columns, such as the responses, are not read.
-    contaminated: a JSONL file of prompts (eval_prompt) that are left out; by default the folder's
-    own `contaminated_prompts.jsonl`, where there is one.
-    """
-    folder = path if path.is_dir() else path.parent
-    files = sorted(folder.glob("*.csv")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(
-            f"{path} holds no CSV. Expected RouteLLM's response files: prompt, then a column for "
-            "each LLM. Correct the path."
-        )
-    listed = contaminated or folder / CONTAMINATED
-    refused = set(contaminated_prompts(listed)) if contaminated or listed.exists() else set()
-    records, left_out = [], Counter[str]()
-    for file in files:
-        frame, llms = _correctness(file)
-        for row, (prompt, *correct) in enumerate(
-            frame[["prompt", *llms]].itertuples(index=False, name=None)
-        ):
-            if prompt in refused:
-                left_out["contaminated"] += 1
-                continue
-            for (a, right_a), (b, right_b) in combinations(zip(llms, correct, strict=True), 2):
-                a_wins = 0.5 * (1 + np.sign(float(right_a) - float(right_b)))
-                record = _record(f"{file.stem}:{row}", _readable(prompt), a, b, float(a_wins))
-                quality = {"a_quality": float(right_a), "b_quality": float(right_b)}
-                records.append(record | quality | {"domain": file.stem})
-    if left_out and not records:
-        raise DataError(
-            f"All {left_out['contaminated']} rows of {path} are contaminated: {listed} lists them. "
-            "Expected rows that are not. Correct the list."
-        )
-    return Preferences(_table(records, source="gold", dataset=str(path)), left_out)
+def distinct_battles(rows: pa.Table) -> pa.Table:
+    """Return the rows in their order, without those that agree in everything with an earlier."""
+    first = np.unique(rows["preference_key"].to_numpy(zero_copy_only=False), return_index=True)[1]
+    return rows.take(np.sort(first))
 
 
-def alpaca_preferences(path: Path, *, llms: Sequence[str] = ()) -> Preferences:
-    """Return alpaca_eval's judgements, each LLM against the reference LLM.
-
-    path: a folder with queries.parquet (query_id, prompt) and preferences.parquet (query_id,
-    model, win_prob). llms: also the battles between each two of these, which follow from both
-    judgements on one query: the odds of a against b are those of a against the reference, divided
-    by those of b (Bradley-Terry).
-    """
-    queries = _parquet(path / "queries.parquet", ("query_id", "prompt"))
-    judged = _parquet(path / "preferences.parquet", ("query_id", "model", "win_prob"))
-    prompts = dict(zip(queries["query_id"], queries["prompt"], strict=True))
-    if unknown := set(judged["query_id"]) - set(prompts):
-        raise DataError(
-            f"{len(unknown)} queries of {path / 'preferences.parquet'}, such as {min(unknown)!r}, "
-            "are not in queries.parquet. Expected a prompt for each. Complete the file."
-        )
-    bad = judged[~judged["win_prob"].between(0, 1)]
-    if len(bad):
-        raise DataError(
-            f"{len(bad)} judgements, the first of {bad['model'].iloc[0]!r}, have a win_prob of "
-            f"{bad['win_prob'].iloc[0]}. Expected a probability in [0, 1]. Correct or drop them."
-        )
-    known = {*judged["model"], ALPACA_REFERENCE}
-    for llm in llms:
-        if llm not in known:
-            raise DataError(unknown_name("LLM", llm, known) + " Choose LLMs that were judged.")
-    left_out = Counter({"an LLM against itself": int((judged["model"] == ALPACA_REFERENCE).sum())})
-    judged = judged[judged["model"] != ALPACA_REFERENCE]
-    triples = zip(judged["query_id"], judged["model"], judged["win_prob"], strict=True)
-    records = [
-        _record(str(query), _readable(prompts[query]), model, ALPACA_REFERENCE, win_prob)
-        for query, model, win_prob in triples
-    ]
-    by_llm = {llm: rows.set_index("query_id")["win_prob"] for llm, rows in judged.groupby("model")}
-    for a, b in combinations([llm for llm in llms if llm != ALPACA_REFERENCE], 2):
-        first, second = by_llm[a].align(by_llm[b], join="inner")
-        odds_a, odds_b = (_odds(side.to_numpy()) for side in (first, second))
-        records += [
-            _record(str(query), _readable(prompts[query]), a, b, float(share))
-            for query, share in zip(first.index, odds_a / (odds_a + odds_b), strict=True)
-        ]
-    return Preferences(_table(records, source="judge", dataset=str(path)), +left_out)
+def readable(text: str) -> str:
+    """Return the text without halves of surrogate pairs: JSON carries them, no table takes them."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def comparisons(rows: pa.Table, *, weak: str, strong: str) -> Comparisons:
@@ -253,23 +137,49 @@ def tiered(data: Comparisons, *, weak: str, strong: str, tiers: int = 10) -> Com
     Two given LLMs rarely meet in arena data; LLMs about as strong as either stand in for them.
     Raises DataError when the tiers never met.
     """
-    tier = llm_tiers(replace(data, weak=weak, strong=strong), tiers)
+    kept, a, b = _stand_ins(replace(data, weak=weak, strong=strong), tiers)
+    taken = replace(data, weak_quality=None, strong_quality=None).take(kept)
+    return replace(taken, llm_a=a, llm_b=b, weak=weak, strong=strong)
+
+
+def pair_battles(rows: pa.Table, *, weak: str, strong: str, tiers: int | None = 10) -> pa.Table:
+    """Return the battles of the pair as rows like SCHEMA, those of their tiers under their names.
+
+    tiers: as in `tiered`; None for no stand-ins. The qualities stay with the pair's own battles.
+    Raises DataError when the pair, or its tiers, never met.
+    """
+    kept, a, b = _stand_ins(comparisons(rows, weak=weak, strong=strong), tiers)
+    found = rows.take(kept)
+    own = pc.and_(pc.equal(found["llm_a"], pa.array(a)), pc.equal(found["llm_b"], pa.array(b)))
+    columns: dict[str, Any] = {"llm_a": pa.array(a), "llm_b": pa.array(b)}
+    for name in ("a_quality", "b_quality"):
+        columns[name] = pc.if_else(own, found[name], pa.scalar(None, pa.float64()))
+    for name, column in columns.items():
+        found = found.set_column(found.schema.get_field_index(name), name, column)
+    return found
+
+
+def _stand_ins(
+    data: Comparisons, tiers: int | None
+) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """Return the rows of battles between the pair's tiers, and whom their sides stand for."""
+    weak, strong = data.weak, data.strong
+    tier = {strong: 0, weak: 1} if tiers is None else llm_tiers(data, tiers)
     # LLMs that no battle links to the pair have no tier.
     a, b = ([tier.get(llm, -1) for llm in side] for side in (data.llm_a, data.llm_b))
     stands_for = {tier[strong]: strong, tier[weak]: weak}
     rows = [row for row, pair in enumerate(zip(a, b, strict=True)) if set(pair) == set(stands_for)]
     if not rows:
+        who = "the tiers of " if tiers else ""
+        todo = f"Group the LLMs into fewer than {tiers} tiers" if tiers else "Group them into tiers"
         raise DataError(
-            f"No battle among {len(data.prompts)} is between the tiers of {strong!r} and {weak!r}. "
-            f"Expected some. Group the LLMs into fewer than {tiers} tiers, or add battles."
+            f"No battle among {len(data.prompts)} is between {who}{strong!r} and {weak!r}. "
+            f"Expected some. {todo}, or add battles."
         )
-    taken = replace(data, weak_quality=None, strong_quality=None).take(np.array(rows))
-    return replace(
-        taken,
-        llm_a=tuple(stands_for[a[row]] for row in rows),
-        llm_b=tuple(stands_for[b[row]] for row in rows),
-        weak=weak,
-        strong=strong,
+    return (
+        np.array(rows),
+        tuple(stands_for[a[row]] for row in rows),
+        tuple(stands_for[b[row]] for row in rows),
     )
 
 
@@ -286,10 +196,10 @@ def leaks(train: Iterable[str], test: Iterable[str], *, contaminated: Iterable[s
 
     Case and white space make no difference.
     """
-    seen = {_normal(prompt) for prompt in train}
+    seen = {same_prompt(prompt) for prompt in train}
 
     def found(prompts: Iterable[str]) -> tuple[str, ...]:
-        distinct = {_normal(prompt): prompt for prompt in prompts}
+        distinct = {same_prompt(prompt): prompt for prompt in prompts}
         return tuple(prompt for normal, prompt in distinct.items() if normal in seen)
 
     return Leaks(found(test), found(contaminated))
@@ -313,14 +223,20 @@ def refuse_leaks(
 
 def without_prompts(data: Comparisons, prompts: Iterable[str]) -> Comparisons:
     """Return the battles on other prompts; raises DataError when none is left."""
-    refused = {_normal(prompt) for prompt in prompts}
-    rows = [row for row, prompt in enumerate(data.prompts) if _normal(prompt) not in refused]
-    if not rows:
+    rows = other_prompts(data.prompts, prompts)
+    if not len(rows):
         raise DataError(
             f"All {len(data.prompts)} training prompts are in the test data. Expected some of its "
             "own. Add training data, or split the queries."
         )
-    return data.take(np.array(rows))
+    return data.take(rows)
+
+
+def other_prompts(prompts: Sequence[str], refused: Iterable[str]) -> np.ndarray:
+    """Return the positions of the prompts that are none of ``refused``, however spelled."""
+    normal = {same_prompt(prompt) for prompt in refused}
+    kept = [row for row, prompt in enumerate(prompts) if same_prompt(prompt) not in normal]
+    return np.array(kept, dtype=np.int64)
 
 
 def contaminated_prompts(path: Path) -> tuple[str, ...]:
@@ -333,152 +249,3 @@ def contaminated_prompts(path: Path) -> tuple[str, ...]:
             f"{path} cannot be read: {error!r}. Expected one JSON object with eval_prompt on each "
             "line. Correct the file."
         ) from error
-
-
-def _arena_columns(path: str) -> dict[str, list[Any]]:
-    """Return the columns but for the responses, which are most of the bytes."""
-    import datasets
-
-    suffix = Path(path).suffix.lower()
-    try:
-        if suffix in FORMATS:
-            loaded = datasets.load_dataset(FORMATS[suffix], data_files=path)
-        else:
-            loaded = datasets.load_dataset(path)
-        rows = datasets.concatenate_datasets(list(loaded.values()))
-    except Exception as error:  # datasets lets through whatever hub, files and network raise
-        raise DataError(
-            f"The battles {path!r} cannot be loaded: {error.__cause__ or error}. Expected a hub "
-            "dataset, or a JSONL, CSV or Parquet file. Correct the path, or check the network."
-        ) from error
-    if rows.num_rows == 0:
-        raise DataError(f"{path} has no rows. Expected battles. Correct the path or the file.")
-    wanted = ("id", "question_id", "model_a", "model_b", "prompt", "winner", *FLAGS)
-    kept = {name: list(rows[name]) for name in wanted if name in rows.column_names}
-    others: dict[str, list[Any]] = {name: [] for name in rows.column_names if name not in kept}
-    return others | kept
-
-
-def _first_turn(prompt: object) -> str:
-    """Return a conversation's first turn; an empty text where it has none."""
-    turns = prompt
-    if isinstance(prompt, str) and prompt.lstrip().startswith("["):
-        try:
-            turns = json.loads(prompt)
-        except ValueError:
-            turns = prompt  # a plain prompt that happens to begin with a bracket
-    if isinstance(turns, list):
-        turns = turns[0] if turns else ""
-    return _readable(turns) if isinstance(turns, str) else ""
-
-
-def _verdict(said: Mapping[str, Any], row: int) -> str:
-    if "winner" in said:
-        if said["winner"] in WINNERS:
-            return WINNERS[said["winner"]]
-    else:
-        set_flags = [name for name, value in said.items() if value == 1]
-        others = [value for value in said.values() if value not in (0, 1)]
-        if len(set_flags) == 1 and not others:
-            return dict(zip(FLAGS, VERDICTS, strict=True))[set_flags[0]]
-    raise DataError(
-        f"Row {row} has the verdict {dict(said)}. Expected exactly one of {', '.join(FLAGS)} to be "
-        f"1, or winner to be one of {', '.join(WINNERS)}. Correct or drop the row."
-    )
-
-
-def _correctness(file: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Return a response CSV, and the names of its LLMs."""
-    try:
-        # A prompt may well be "None" or "NA"; only an empty cell is missing.
-        frame = pd.read_csv(file, keep_default_na=False, na_values=[""])
-    except (OSError, ValueError) as error:  # parser and decoding errors are ValueErrors
-        raise DataError(
-            f"{file} cannot be read: {error}. Expected a UTF-8 CSV: prompt, then a column for each "
-            "LLM. Correct the file."
-        ) from error
-    llms = [
-        str(name)
-        for name in frame.columns
-        if name != "prompt"
-        and not str(name).startswith("Unnamed:")
-        and any(isinstance(value, bool | int | float | np.number) for value in frame[name].dropna())
-    ]
-    if "prompt" not in frame.columns or len(llms) < 2:
-        raise DataError(
-            f"{file} has the columns {', '.join(map(str, frame.columns))}. Expected prompt and, "
-            "for at least two LLMs, a column of True and False. Rename or add columns."
-        )
-    for llm in llms:
-        values = pd.to_numeric(frame[llm], errors="coerce").astype(float)
-        bad = np.flatnonzero(~values.between(0, 1))
-        if len(bad):
-            raise DataError(
-                f"Row {bad[0]} of {file} has {frame[llm].iloc[bad[0]]!r} for {llm!r}. Expected "
-                "True, False or a score in [0, 1]. Correct the row, or drop the column if it is no "
-                "LLM's."
-            )
-        frame[llm] = values
-    if len(missing := np.flatnonzero(frame["prompt"].isna())):
-        raise DataError(
-            f"Row {missing[0]} of {file} has no prompt. Expected a text. Correct or drop the row."
-        )
-    frame["prompt"] = frame["prompt"].astype(str)
-    return frame, llms
-
-
-def _parquet(file: Path, columns: Sequence[str]) -> pd.DataFrame:
-    try:
-        frame = pd.read_parquet(file)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{file} cannot be read: {error}. Expected a Parquet file with {', '.join(columns)}. "
-            "Correct the path or the file."
-        ) from error
-    if missing := [name for name in columns if name not in frame.columns]:
-        raise DataError(
-            f"{file} has the columns {', '.join(map(str, frame.columns))}; {', '.join(missing)} is "
-            f"missing. Expected {', '.join(columns)}. Rename the columns."
-        )
-    return frame
-
-
-def _odds(probability: np.ndarray) -> np.ndarray:
-    certain = np.clip(probability, CERTAIN, 1 - CERTAIN)
-    return certain / (1 - certain)
-
-
-def _record(battle_id: str, prompt: str, a: str, b: str, a_wins: float) -> dict[str, Any]:
-    verdict = "tie" if a_wins == 0.5 else "a" if a_wins > 0.5 else "b"
-    return {
-        "battle_id": battle_id,
-        "prompt": prompt,
-        "llm_a": a,
-        "llm_b": b,
-        "verdict": verdict,
-        "a_wins": float(a_wins),
-    }
-
-
-def _table(records: list[dict[str, Any]], *, source: Source, dataset: str) -> pa.Table:
-    if not records:
-        raise DataError(
-            f"{dataset} holds no battle that can be used. Expected rows with a prompt and two "
-            "different LLMs. Check the file."
-        )
-    for record in records:
-        record |= {"source": source, "dataset": dataset}
-        content = json.dumps([record.get(name) for name in SCHEMA.names[1:]], ensure_ascii=False)
-        record["preference_key"] = hashlib.sha256(content.encode()).hexdigest()[:24]
-    table = pa.Table.from_pylist(records, schema=SCHEMA)
-    first = np.unique(table["preference_key"].to_numpy(zero_copy_only=False), return_index=True)[1]
-    return table.take(np.sort(first))  # rows that agree in everything are one battle
-
-
-def _readable(text: str) -> str:
-    # JSON can carry half of a surrogate pair, which no table takes.
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _normal(prompt: str) -> str:
-    return " ".join(prompt.split()).casefold()

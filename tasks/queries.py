@@ -112,7 +112,21 @@ def _mixinstruct(path: str) -> Iterator[dict[str, Any]]:
     """Yield MixInstruct's rows (instruction, input, output) from the hub or a local copy."""
     import datasets
 
-    for split, rows in datasets.load_dataset(path).items():
+    try:
+        found = datasets.load_dataset(path)
+    except Exception as error:  # hub, network, cache and file formats all fail in their own ways
+        raise DataError(
+            f"MixInstruct cannot be loaded from {path!r}: {error.__cause__ or error}. Expected a "
+            "dataset on a hub within reach, or a folder with its JSONL files. Download it where "
+            "there is a network and set queries.path to its folder."
+        ) from error
+    for split, rows in found.items():
+        if absent := {"id", "instruction", "input", "output"} - set(rows.column_names):
+            raise DataError(
+                f"{path!r} has no {', '.join(sorted(absent))} in its {split} split, only "
+                f"{', '.join(rows.column_names)}. Expected MixInstruct's columns. Correct "
+                "queries.path, or read another file with queries.source=file."
+            )
         for row in rows:
             text = "\n".join(part for part in (row["instruction"], row["input"]) if part)
             yield {
@@ -136,17 +150,32 @@ def _checked(record: Mapping[str, Any], row: int) -> dict[str, Any]:
             f"Query {row} is in split {split!r}. Expected one of {', '.join(SPLITS)}, or none. "
             "Rename it."
         )
+    for column in ("reference", "context", "domain"):
+        if not isinstance(record.get(column), str | None):
+            raise _no_text(row, column, record[column], "a string, or nothing")
     gold = record.get("gold")
+    answers = [gold] if isinstance(gold, str) else gold
+    if answers is not None and not (
+        isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
+    ):
+        raise _no_text(row, "gold", gold, "a string, a list of strings, or nothing")
     query_id = record.get("query_id")
     return {
         "query_id": str(query_id) if query_id is not None else _digest(text),
         "text": text,
         "reference": record.get("reference"),
-        "gold": [gold] if isinstance(gold, str) else gold,
+        "gold": answers,
         "context": record.get("context"),
         "domain": record.get("domain"),
         "split": split,
     }
+
+
+def _no_text(row: int, column: str, found: object, expected: str) -> DataError:
+    return DataError(
+        f"Query {row} has the {column} {found!r}. Expected {expected}. Write it as text: in JSONL "
+        "and Parquet numbers too can be strings, in CSV they cannot."
+    )
 
 
 def _refuse_duplicates(queries: Iterable[Mapping[str, Any]]) -> None:

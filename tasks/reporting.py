@@ -16,13 +16,16 @@ from prefect.artifacts import (
 )
 from prefect.context import FlowRunContext
 
-from conf.schema import LLM, Experiment, Pair
+from conf.schema import LLM, Experiment, GoldMatch, Pair, Store
 from router_models.statistics import Estimate, auc_interval, mean_interval
 from tasks import tracking
+from tasks.comparison_report import log_report
 from tasks.evaluation import Comparison, flat, reported_metric
 from tasks.figures import pair_figures
 from tasks.gate import Receipt
 from tasks.labelling import LabelSet
+from tasks.pool import PoolReport, per_1000
+from tasks.preference_collection import CollectedPreferences
 from tasks.progress import stage
 from tasks.warehouse import Snapshot, Warehouse
 
@@ -85,6 +88,8 @@ class PairReport:
     t: float
     degenerate: bool
     queries: int
+    unlabelled: int
+    """Queries left out because a response or its score is missing."""
     out_of_fold: bool
     metric: str
     best: str
@@ -117,6 +122,8 @@ class RunReport:
     run_id: str
     leaderboard: Leaderboard
     pairs: tuple[PairReport, ...]
+    pool: PoolReport | None = None
+    """Choosing among all LLMs, where the experiment asks for it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -124,6 +131,7 @@ class RunReport:
         for pair, found in zip(report["pairs"], self.pairs, strict=True):
             pair["pair"] = found.pair.model_dump()
             pair["receipt"]["verdict"] = found.receipt.verdict()
+            pair["receipt"]["summary"] = found.receipt.summary()
         return _without_nan(report)
 
 
@@ -162,7 +170,7 @@ def publish_leaderboard(
 ) -> Leaderboard:
     """Compare the LLMs themselves: quality, cost, latency; to Prefect and MLflow."""
     warehouse = Warehouse(experiment.store.directory)
-    seed, metrics = experiment.seed, [metric.name for metric in experiment.quality.metrics]
+    metrics = [metric.name for metric in experiment.quality.metrics]
     standings = [
         _standing(warehouse, llm, queries, responses, scores, metrics, experiment)
         for llm in experiment.llms
@@ -173,7 +181,7 @@ def publish_leaderboard(
         standings=tuple(
             sorted(standings, key=lambda standing: -standing.quality[label_metric].value)
         ),
-        agreement=gold_agreement(warehouse, scores, metrics, gold="gold", seed=seed),
+        agreement=gold_agreement(warehouse, scores, experiment),
     )
     client = tracking.client(experiment.store)
     client.log_text(run_id, leaderboard_page(board), "leaderboard.md")
@@ -200,10 +208,11 @@ def leaderboard_page(board: Leaderboard) -> str:
         f"\n{metric} tells right from wrong answers with AUC {shown(found)}.\n"
         for metric, found in board.agreement.items()
     )
+    level = 100 * board.standings[0].quality[board.label_metric].interval.level
     return (
-        f"{markdown_table(board.rows())}\nMeans over queries with 95 % intervals; USD for 1,000 "
-        "queries with one answer each; median milliseconds of a request; mean tokens in a prompt "
-        f"and in an answer.\n{agreement}"
+        f"{markdown_table(board.rows())}\nMeans over queries with {level:g} % intervals; USD for "
+        "1,000 queries with one answer each; median milliseconds of a request; mean tokens in a "
+        f"prompt and in an answer.\n{agreement}"
     )
 
 
@@ -231,7 +240,10 @@ def _standing(
             {"scores": str(scores.path), "llm": llm.name, "metric": metric},
         )["mean"].to_numpy()
         quality[metric] = mean_interval(
-            means, replicates=experiment.evaluation.replicates, seed=experiment.seed
+            means,
+            replicates=experiment.evaluation.replicates,
+            seed=experiment.seed,
+            level=experiment.evaluation.confidence,
         )
     return Standing(
         llm=llm.name,
@@ -246,26 +258,58 @@ def _standing(
 
 
 def gold_agreement(
-    warehouse: Warehouse, scores: Snapshot, metrics: Sequence[str], *, gold: str, seed: int
+    warehouse: Warehouse, scores: Snapshot, experiment: Experiment
 ) -> dict[str, Estimate]:
     """Return how well each metric tells right from wrong responses (AUC), where gold exists."""
-    if gold not in metrics:
+    metrics = experiment.quality.metrics
+    golden = [metric.name for metric in metrics if isinstance(metric, GoldMatch)]
+    if not golden:
         return {}
     found = {}
-    for metric in metrics:
-        if metric == gold:
-            continue
+    for metric in (metric.name for metric in metrics if metric.name not in golden):
         rows = warehouse.query(
             "SELECT m.value, g.value AS correct FROM read_parquet($scores) m "
             "JOIN read_parquet($scores) g USING (query_key, llm, sample_index) "
             "WHERE m.metric = $metric AND g.metric = $gold "
             "ORDER BY query_key, llm, sample_index",
-            {"scores": str(scores.path), "metric": metric, "gold": gold},
+            {"scores": str(scores.path), "metric": metric, "gold": golden[0]},
         )
         found[metric] = auc_interval(
-            rows["value"].to_numpy(), rows["correct"].to_numpy(), replicates=500, seed=seed
+            rows["value"].to_numpy(),
+            rows["correct"].to_numpy(),
+            replicates=500,
+            seed=experiment.seed,
+            level=experiment.evaluation.confidence,
         )
     return found
+
+
+@task(task_run_name="report battles of {pair.weak}")
+def publish_battles(store: Store, battles: CollectedPreferences, pair: Pair, run_id: str) -> None:
+    """Log where the battles that routers learn from came from; to Prefect and MLflow."""
+    client, folder, page = tracking.client(store), pair.name(), battles_page(battles, pair)
+    client.log_text(run_id, page, f"{folder}/battles.md")
+    tracking.log_metrics(
+        store, run_id, {f"{folder}/{name}": value for name, value in battles.metrics().items()}
+    )
+    tracking.log_dataset(store, run_id, battles.all_llms, name=f"battles {folder}")
+    if FlowRunContext.get():
+        create_markdown_artifact(key="battles", markdown=page, description=folder)
+
+
+def battles_page(battles: CollectedPreferences, pair: Pair) -> str:
+    """Return the sources of battles as Markdown."""
+    # A judge's answer may hold anything, and a table's cell no line break or bar.
+    rows = [
+        {name: " ".join(text.split()).replace("|", "/") for name, text in row.items()}
+        for row in battles.rows()
+    ]
+    return (
+        f"## Battles for {pair.weak} or {pair.strong}\n\n{battles.all_llms.rows} of all LLMs; "
+        f"{battles.pair.rows} of the pair and of LLMs about as strong, {battles.own} of these its "
+        f"own.\n\n{markdown_table(rows)}\nstrong wins: share of the pair's own battles "
+        f"that {pair.strong} won, a tie being half. Where it looks wrong, so are the labels.\n"
+    )
 
 
 @task(task_run_name="report {comparison.pair.weak}")
@@ -298,6 +342,7 @@ def publish_report(
         t=label_set.t,
         degenerate=label_set.degenerate,
         queries=comparison.queries,
+        unlabelled=label_set.unlabelled,
         out_of_fold=comparison.out_of_fold,
         metric=comparison.metric,
         best=comparison.best,
@@ -327,6 +372,8 @@ def publish_report(
     )
     client.set_tag(run_id, f"turnout.best.{folder}", comparison.best)
     client.set_tag(run_id, f"turnout.verdict.{folder}", receipt.verdict())
+    tracking.describe_model(store, pair)
+    log_report(store, run_id, pair, evaluation=experiment.evaluation, seed=experiment.seed)
     if FlowRunContext.get():
         create_markdown_artifact(key="comparison", markdown=page, description=folder)
         create_markdown_artifact(key="gate", markdown=receipt.to_markdown(), description=folder)
@@ -348,13 +395,62 @@ def comparison_page(report: PairReport) -> str:
         if report.degenerate
         else ""
     )
+    left_out = (
+        f"{report.unlabelled} queries are left out: a response or its score is missing.\n\n"
+        if report.unlabelled
+        else ""
+    )
     return (
         f"## {report.pair.weak} or {report.pair.strong}\n\n"
-        f"{report.queries} queries, {how}; quality is {report.metric}; {relaxation}.\n\n"
+        f"{report.queries} queries, {how}; quality is {report.metric}; {relaxation}.\n\n{left_out}"
         f"Strong minus weak: {gaps}.\n\n{markdown_table(report.rows())}\n"
         "CPT50 and CPT80: share of strong calls at which that much of the gap is recovered. "
         "drop@20%: quality lost, in % of all-strong, with 20 % of the queries on the weak LLM.\n\n"
-        f"Best: **{report.best}**, {report.receipt.verdict()}.\n"
+        f"Best: **{report.best}**, {report.receipt.summary()}.\n\n"
+        f"Artifacts, `{report.pair.name()}/comparison.html`: the whole comparison on one page.\n"
+    )
+
+
+@task(task_run_name="report pool")
+def publish_pool(experiment: Experiment, report: PoolReport, run_id: str) -> None:
+    """Log the pool's table; to Prefect and MLflow."""
+    client, page = tracking.client(experiment.store), pool_page(report)
+    client.log_text(run_id, page, "pool/pool.md")
+    described = client.get_run(run_id).data.tags.get("mlflow.note.content", "")
+    client.set_tag(run_id, "mlflow.note.content", described + page)
+    if FlowRunContext.get():
+        create_markdown_artifact(key="pool", markdown=page, description="All LLMs")
+
+
+def pool_page(report: PoolReport) -> str:
+    """Return single LLMs and pool policies side by side as Markdown."""
+    rows = [
+        {
+            "choice": f"all {single.llm}",
+            report.metric: shown(single.quality),
+            "USD/1k": f"{single.cost_usd_per_1000:.4f}",
+            "over single": "",
+            "over mix": "",
+        }
+        for single in report.singles
+    ] + [
+        {
+            "choice": f"pool of {routed.router}",
+            report.metric: shown(routed.outcome.quality),
+            "USD/1k": shown(per_1000(routed.outcome.cost_usd), interval=False, digits=4),
+            "over single": shown(routed.outcome.over_single),
+            "over mix": shown(routed.outcome.over_mix),
+        }
+        for routed in report.routers
+    ]
+    how = "out-of-fold over all queries" if report.out_of_fold else "on the held-out test split"
+    free = not any(single.cost_usd_per_1000 for single in report.singles)
+    return (
+        f"## All LLMs\n\n{report.queries} queries, {how}; for each the cheapest LLM whose expected "
+        f"quality is within {report.margin:g} of the best one's.\n\n{markdown_table(rows)}\n"
+        "over single: quality above the best single LLM that is not dearer. over mix: above the "
+        "best coin toss between two LLMs at the same mean cost, which needs no router.\n"
+        + ("\nNo LLM has a price, so cost decides nothing: set llms.prices.\n" if free else "")
     )
 
 

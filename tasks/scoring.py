@@ -5,13 +5,17 @@ scores of two scorers never mix. What is scored is not scored again.
 """
 
 import re
+import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from prefect import task
 
 from conf.errors import DataError
@@ -22,8 +26,10 @@ from tasks.progress import progress
 from tasks.warehouse import Snapshot, Warehouse
 
 BARTSCORE = Path(__file__).parent.parent / "metrics" / "bartscore"
-# Responses scored between two writes to the warehouse: what a killed run may have to redo.
-CHUNK = 1000
+CHUNK = 1000  # responses scored in one call
+# Scores are written once so much time has passed: what a killed run may have to redo. A write takes
+# a tenth of a second, whether of ten scores or ten thousand.
+WRITE_S = 5.0
 GOLD_MATCH_VERSION = 1
 
 # From rows with text, query, reference and gold to one score each.
@@ -42,58 +48,68 @@ def score_responses(
     Raises DataError when a query lacks what a metric compares with: a metric that made labels from
     some of the queries only would say nothing about the others.
     """
-    tables = []
     for metric in settings:
         fingerprint = metric_fingerprint(metric)
-        missing = _unscored(warehouse, queries, responses, fingerprint)
-        if missing.num_rows:
+        with _unscored(warehouse, queries, responses, fingerprint) as missing:
             _score(warehouse, missing, metric, fingerprint)
-        tables.append(
-            warehouse.query(
-                """
-                SELECT r.query_key, r.llm, r.sample_index, $metric AS metric, s.value
-                FROM read_parquet($responses) r JOIN scores s ON s.fingerprint = $fingerprint
-                AND s.query_key = r.query_key AND s.prompt_id = r.prompt_id
-                AND s.sample_index = r.sample_index
-                ORDER BY r.query_key, r.llm, r.sample_index
-                """,
-                {
-                    "responses": str(responses.path),
-                    "fingerprint": fingerprint,
-                    "metric": metric.name,
-                },
-            )
-        )
-    return warehouse.write_snapshot("scores", pa.concat_tables(tables))
+    scores = (part for metric in settings for part in _scores(warehouse, responses, metric))
+    return warehouse.write_snapshot("scores", scores)
 
 
-def _unscored(
-    warehouse: Warehouse, queries: Snapshot, responses: Snapshot, fingerprint: str
-) -> pa.Table:
-    return warehouse.query(
+def _scores(warehouse: Warehouse, responses: Snapshot, metric: QualityMetric) -> Iterator[pa.Table]:
+    return warehouse.parts(
         """
-        SELECT r.query_key, r.prompt_id, r.sample_index, r.text, q.query_id, q.reference,
-               q.gold, q.text AS query
-        FROM read_parquet($responses) r JOIN read_parquet($queries) q USING (query_key)
-        ANTI JOIN scores s ON s.fingerprint = $fingerprint AND s.query_key = r.query_key
-        AND s.prompt_id = r.prompt_id AND s.sample_index = r.sample_index
-        ORDER BY q.position, r.prompt_id, r.sample_index
+        SELECT r.query_key, r.llm, r.sample_index, $metric AS metric, s.value
+        FROM read_parquet($responses) r JOIN scores s ON s.fingerprint = $fingerprint
+        AND s.query_key = r.query_key AND s.prompt_id = r.prompt_id
+        AND s.sample_index = r.sample_index
+        ORDER BY r.query_key, r.llm, r.sample_index
         """,
         {
             "responses": str(responses.path),
-            "queries": str(queries.path),
-            "fingerprint": fingerprint,
+            "fingerprint": metric_fingerprint(metric),
+            "metric": metric.name,
         },
     )
 
 
-def _score(
-    warehouse: Warehouse, missing: pa.Table, metric: QualityMetric, fingerprint: str
-) -> None:
+@contextmanager
+def _unscored(
+    warehouse: Warehouse, queries: Snapshot, responses: Snapshot, fingerprint: str
+) -> Iterator[Path]:
+    """Yield a Parquet file of what has no score yet: all its texts need not fit in memory."""
+    with TemporaryDirectory(dir=warehouse.directory) as folder:
+        path = Path(folder, "unscored.parquet")
+        warehouse.write_query(
+            path,
+            """
+            SELECT r.query_key, r.prompt_id, r.sample_index, r.text, q.query_id, q.reference,
+                   q.gold, q.text AS query
+            FROM read_parquet($responses) r JOIN read_parquet($queries) q USING (query_key)
+            ANTI JOIN scores s ON s.fingerprint = $fingerprint AND s.query_key = r.query_key
+            AND s.prompt_id = r.prompt_id AND s.sample_index = r.sample_index
+            ORDER BY q.position, r.prompt_id, r.sample_index
+            """,
+            {
+                "responses": str(responses.path),
+                "queries": str(queries.path),
+                "fingerprint": fingerprint,
+            },
+        )
+        yield path
+
+
+def _score(warehouse: Warehouse, missing: Path, metric: QualityMetric, fingerprint: str) -> None:
+    rows = pq.read_metadata(missing).num_rows
+    if rows == 0:
+        return
     compared_with = "gold" if isinstance(metric, GoldMatch) else "reference"
-    _refuse_missing(missing, compared_with, metric)
+    _refuse_missing(warehouse, missing, compared_with, metric)
     scorer: Scorer = gold_scorer if isinstance(metric, GoldMatch) else bartscorer(metric)
-    with progress(f"Scoring with {metric.name}", missing.num_rows) as advance:
+    with (
+        progress(f"Scoring with {metric.name}", rows) as advance,
+        _written_in_time(warehouse, "scores") as write,
+    ):
         for chunk in _chunks(missing):
             values = scorer(chunk)
             scores = chunk.select(["query_key", "prompt_id", "sample_index"])
@@ -103,25 +119,53 @@ def _score(
                 "value": np.asarray(values, dtype=np.float64),
             }.items():
                 scores = scores.append_column(name, pa.array(column))
-            warehouse.ingest("scores", scores)
+            write(scores)
             advance(chunk.num_rows)
 
 
-def _chunks(table: pa.Table) -> Iterator[pa.Table]:
-    for start in range(0, table.num_rows, CHUNK):
-        yield table.slice(start, CHUNK)
+@contextmanager
+def _written_in_time(warehouse: Warehouse, table: str) -> Iterator[Callable[[pa.Table], None]]:
+    """Yield a function that stores rows, those of quick calls together, and all in the end."""
+    waiting: list[pa.Table] = []
+    written = time.monotonic()
+
+    def flush() -> None:
+        nonlocal written
+        if waiting:
+            warehouse.ingest(table, pa.concat_tables(waiting))
+            waiting.clear()
+        written = time.monotonic()
+
+    def write(rows: pa.Table) -> None:
+        waiting.append(rows)
+        if time.monotonic() - written >= WRITE_S:
+            flush()
+
+    try:
+        yield write
+    finally:
+        flush()
 
 
-def _refuse_missing(missing: pa.Table, column: str, metric: QualityMetric) -> None:
-    for query_id, value in zip(
-        missing["query_id"].to_pylist(), missing[column].to_pylist(), strict=True
-    ):
-        if not value:
-            raise DataError(
-                f"Query {query_id!r} has no {column}, which {metric.name!r} compares responses "
-                f"with. Expected one for every query. Add it, or take {metric.name!r} out of "
-                "quality.metrics."
-            )
+def _chunks(path: Path) -> Iterator[pa.Table]:
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(CHUNK):
+            yield pa.Table.from_batches([batch])
+
+
+def _refuse_missing(
+    warehouse: Warehouse, missing: Path, column: str, metric: QualityMetric
+) -> None:
+    found = warehouse.query(
+        f"SELECT query_id FROM read_parquet($missing) WHERE coalesce(len({column}), 0) = 0 LIMIT 1",
+        {"missing": str(missing)},
+    )
+    for query_id in found["query_id"].to_pylist():
+        raise DataError(
+            f"Query {query_id!r} has no {column}, which {metric.name!r} compares responses "
+            f"with. Expected one for every query. Add it, or take {metric.name!r} out of "
+            "quality.metrics."
+        )
 
 
 def metric_fingerprint(metric: QualityMetric) -> str:
@@ -175,9 +219,13 @@ def bartscorer(settings: BartScore) -> Scorer:
 def _scorer_options(settings: BartScore) -> dict[str, Any]:
     """Return the metric's own arguments, packaged weights as their file."""
     options = settings.model_dump(exclude={"metric", "name", "direction", "source_form"})
-    if settings.checkpoint == "smollm2-135m":
-        options["checkpoint"] = str(smollm2_gguf())
-    return options
+    return options | {"checkpoint": scorer_checkpoint(settings)}
+
+
+def scorer_checkpoint(settings: BartScore) -> str:
+    """Return the checkpoint as the metric takes it, packaged weights as their file."""
+    packaged = settings.checkpoint == "smollm2-135m"
+    return str(smollm2_gguf()) if packaged else settings.checkpoint
 
 
 def gold_match(responses: Sequence[str], gold: Sequence[Sequence[str]]) -> list[float]:

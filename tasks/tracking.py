@@ -11,11 +11,12 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-from conf.schema import Experiment, Store
+from conf.schema import AnyExperiment, Benchmark, Store
 from tasks.warehouse import Snapshot
 
 if TYPE_CHECKING:
@@ -26,6 +27,33 @@ PROCESS_TAG = "turnout.process"
 PARENT_TAG = "mlflow.parentRunId"
 ROUTER_TAG = "turnout.router"
 PAIR_TAG = "turnout.pair"
+CHAMPION_TAG = "turnout.champion"
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+
+# What MLflow's page of the experiment says. Without the kind it greets with pages for LLM traces.
+NOTE_TAG = "mlflow.note.content"
+KIND_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+EXPERIMENT_NOTE = """\
+Each run is one `turnout run`, `retrain` or `benchmark`; under it (⊞) stands one run for each router
+and control of each pair. All of them have the same metric names, so any of them can be compared.
+
+- **Columns worth showing**: tags `turnout.champion`, `turnout.router`, `turnout.pair`, \
+`turnout.evaluated`; metrics `apgr`, `apgr_low`, `apgr_high`, `cpt_50`, `saved_usd_per_1000_at_20`.
+- **Best first**: sort by `apgr`. Only runs with equal `turnout.test_digest` were judged on the \
+same queries; `turnout compare` puts others on the queries they share.
+- **The champion** is the run with a tag `turnout.champion`, and the alias `champion` of the \
+pair's registered model; the version's description is the gate's receipt.
+- **In a run**: its artifacts hold, for each pair, `comparison.html`, the figures, and `win_rates` \
+(every query with both qualities and each router's win rate).
+
+| metric | meaning |
+|---|---|
+| `apgr` | average share of the quality gap recovered over all costs; 0.5 is chance |
+| `cpt_50`, `cpt_80` | share of strong calls at which half, or 80 %, of the gap is recovered |
+| `quality_drop_pct_at_20` | quality lost, % of all-strong, with 20 % of queries on the weak LLM |
+| `saved_usd_per_1000_at_20` | US dollars saved per 1,000 queries against all-strong, same split |
+| `…_low`, `…_high` | ends of its paired-bootstrap interval |
+"""
 
 
 def client(store: Store) -> "MlflowClient":
@@ -34,8 +62,14 @@ def client(store: Store) -> "MlflowClient":
     import mlflow
 
     store.directory.mkdir(parents=True, exist_ok=True)
+    wished = os.environ.get(URI_VARIABLE)
     mlflow.set_tracking_uri(store.mlflow_uri())
     mlflow.set_registry_uri(store.mlflow_uri())
+    # MLflow also writes it into the environment, where the next store would take it for a wish.
+    if wished is None:
+        os.environ.pop(URI_VARIABLE, None)
+    else:
+        os.environ[URI_VARIABLE] = wished
     return mlflow.MlflowClient()
 
 
@@ -45,25 +79,75 @@ def experiment_id(store: Store) -> str:
     found = mlflow_client.get_experiment_by_name(store.experiment)
     if found is not None:
         return str(found.experiment_id)
-    local = store.tracking_uri is None
-    location = (store.directory.resolve() / "artifacts").as_uri() if local else None
-    return str(mlflow_client.create_experiment(store.experiment, artifact_location=location))
+    location = None
+    if store.is_local():
+        location = (store.directory.resolve() / "artifacts").as_uri()
+    return str(
+        mlflow_client.create_experiment(
+            store.experiment,
+            artifact_location=location,
+            tags={**KIND_TAGS, NOTE_TAG: EXPERIMENT_NOTE},
+        )
+    )
+
+
+def describe_experiment(store: Store) -> None:
+    """Describe an experiment that has no description yet; a user's own words are kept."""
+    mlflow_client, experiment = client(store), experiment_id(store)
+    tags = mlflow_client.get_experiment(experiment).tags
+    for key, value in {**KIND_TAGS, NOTE_TAG: EXPERIMENT_NOTE}.items():
+        if not tags.get(key):
+            mlflow_client.set_experiment_tag(experiment, key, value)
+
+
+def mark_champion(store: Store, model: str, run_id: str | None) -> None:
+    """Put the champion's tag on the router's run it came from, and take it off every other.
+
+    ``run_id`` is that of the champion's version; None where there is no champion any more. The
+    tag's value is the registered model, so that pairs do not take each other's mark away. A run
+    that was deleted is not marked: a mark must never stop a promotion.
+    """
+    from mlflow.exceptions import MlflowException
+
+    mlflow_client = client(store)
+    marked = mlflow_client.search_runs(
+        [experiment_id(store)], f"tags.`{CHAMPION_TAG}` = '{model}'", max_results=1000
+    )
+    for run in marked:
+        if run.info.run_id != run_id:
+            mlflow_client.delete_tag(run.info.run_id, CHAMPION_TAG)
+    if run_id is not None:
+        with suppress(MlflowException):
+            mlflow_client.set_tag(run_id, CHAMPION_TAG, model)
 
 
 def run_url(store: Store, run_id: str) -> str:
     """Return where MLflow's UI shows a run: its server, or the one that `turnout ui` starts."""
+    return f"{_ui(store)}/#/experiments/{experiment_id(store)}/runs/{run_id}"
+
+
+def compare_url(store: Store, run_ids: Sequence[str]) -> str:
+    """Return MLflow's page that compares runs, its lists as JSON in the query string."""
+    lists = {"runs": list(run_ids), "experiments": [experiment_id(store)]}
+    query = "&".join(
+        f"{name}={quote(json.dumps(ids, separators=(',', ':')))}" for name, ids in lists.items()
+    )
+    return f"{_ui(store)}/#/compare-runs?{query}"
+
+
+def _ui(store: Store) -> str:
     uri = store.mlflow_uri()
-    server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
-    return f"{server}/#/experiments/{experiment_id(store)}/runs/{run_id}"
+    return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
 
 
 @contextmanager
-def parent_run(experiment: Experiment) -> Iterator[str]:
-    """Open the run of one pipeline run and yield its id; it is closed whatever happens."""
+def parent_run(experiment: AnyExperiment | Benchmark, *, kind: str = "pipeline") -> Iterator[str]:
+    """Open the run of one flow run and yield its id; it is closed whatever happens."""
     import mlflow
 
     close_abandoned_runs(experiment.store)
-    tags = {PROCESS_TAG: _this_process(), "turnout.kind": "pipeline", **_revision()}
+    describe_experiment(experiment.store)
+    tags = {PROCESS_TAG: _this_process(), "turnout.kind": kind, **_revision()}
     run = client(experiment.store).create_run(
         experiment_id(experiment.store), run_name=experiment.name, tags=tags
     )
@@ -187,6 +271,29 @@ def log_params(store: Store, run_id: str, settings: Mapping[str, Any]) -> None:
 
     params = [Param(key, str(value)[:6000]) for key, value in flattened(settings).items()]
     client(store).log_batch(run_id, params=params)
+
+
+def set_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run in one call."""
+    from mlflow.entities import RunTag
+
+    client(store).log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def describe_model(store: Store, pair: Pair) -> None:
+    """Describe a pair's registered model, unless somebody has."""
+    mlflow_client, name = client(store), pair.name()
+    if not mlflow_client.get_registered_model(name).description:
+        mlflow_client.update_registered_model(
+            name,
+            f"Routers between **{pair.weak}** (weak, cheap) and **{pair.strong}** (strong). A "
+            "router gives a query its win rate: how likely the strong LLM is needed.\n\n"
+            f"- `champion` is served: `models:/{name}@champion`\n"
+            "- `previous` is what `turnout rollback` returns to\n"
+            "- `challenger` is sound and may yet prove better\n\n"
+            "A version's description is the gate's receipt; its source run has the router's "
+            "metrics, and that run's parent the comparison with all others.",
+        )
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

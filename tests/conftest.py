@@ -17,6 +17,12 @@ os.environ |= {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep tests away from a tracking server of the developer's, or of an earlier test."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture(scope="session")
 def empty_mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with its schema and nothing in it: making one takes seconds."""

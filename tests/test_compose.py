@@ -11,6 +11,7 @@ import yaml
 
 from conf.load import load_experiment
 from flows.cli import parser
+from flows.deploy import planned
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docker-compose.yml").read_text()
@@ -140,7 +141,7 @@ def test_images_are_pinned() -> None:
 def test_prefect_and_mlflow_have_the_locked_versions() -> None:
     ours = {name for name, s in SERVICES.items() if s["image"] == f"turnout:{VERSION}"}
     assert ours == {"mlflow", "prefect", "worker", "router"}
-    assert {"prefect", "mlflow", "asyncpg"} <= set(LOCK)
+    assert {"prefect", "mlflow", "asyncpg", "psycopg2-binary"} <= set(LOCK)
     installs = re.findall(r"pip install ([^&\\\n]+)", DOCKERFILE)
     assert installs[0].split()[-2:] == ["--requirement", "requirements.lock"]
     for later in installs[1:]:
@@ -181,13 +182,17 @@ def test_artifacts_pass_through_mlflow_to_the_store() -> None:
 def test_a_process_worker_and_the_champion_are_served() -> None:
     assert option("worker", "--type") == "process"
     assert environment("worker")["PREFECT_API_URL"] == "http://prefect:4200/api"
+    called = environment("router")["MLFLOW_TRACKING_URI"]
+    assert environment("worker")["MLFLOW_TRACKING_URI"] == called
+    assert option("worker", "--pool") == planned()["work_pool"]["name"]
+    assert option("worker", "--limit") == str(planned()["concurrency_limit"]["limit"])
     assert option("router", "--env-manager") == "local"
     assert "@champion" in SERVICES["router"]["command"]
 
 
 def test_the_instructions_name_real_commands_and_settings() -> None:
-    commands = re.findall(r"(?<![\w./-])turnout (?:run|ui|doctor)\b.*", SHELL)
-    assert len(commands) >= 4
+    commands = re.findall(r"(?<![\w./-])turnout (?:run|ui|doctor|deploy|drift)\b.*", SHELL)
+    assert len(commands) >= 8
     for command in commands:
         arguments = parser().parse_args(shlex.split(command, comments=True)[1:])
         assert load_experiment(arguments.config, tuple(arguments.overrides))

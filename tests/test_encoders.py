@@ -13,12 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_causal_llm import save_tiny_llm
 
 from conf.errors import ArtifactError, ConfigError, EndpointError
 from router_models import encoders
 from router_models.encoders import (
     Encoder,
     Precision,
+    check_encoder,
+    encoder_fingerprint,
     equal_length_batches,
     load_encoder,
     load_saved_encoder,
@@ -268,3 +271,71 @@ def test_an_endpoint_that_answers_too_little_is_explained(server: Any) -> None:
 def test_a_name_that_is_no_endpoint_is_explained(name: str) -> None:
     with pytest.raises(ConfigError, match=r"names no endpoint.*Write it so"):
         load_encoder(name)
+
+
+def test_a_fingerprint_follows_the_files_and_not_the_place(minilm_copy: Path) -> None:
+    packaged = encoder_fingerprint("minilm")
+    assert encoder_fingerprint(str(minilm_copy)) == packaged
+    config = minilm_copy / "config.json"
+    config.write_text(config.read_text() + " ")
+    other = encoder_fingerprint(str(minilm_copy))
+    weights = minilm_copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert len({packaged, other, encoder_fingerprint(str(minilm_copy))}) == 3
+
+
+def test_a_hub_or_endpoint_name_is_its_own_fingerprint() -> None:
+    for name in ("microsoft/deberta-v3-large", "openai:http://localhost:1/v1#m"):
+        assert encoder_fingerprint(name) == name
+    for bad in ("/no/such/folder", "openai:nowhere"):
+        with pytest.raises(ConfigError, match="Expected"):
+            encoder_fingerprint(bad)
+
+
+def test_an_encoder_is_checked_without_its_weights_being_loaded(minilm_copy: Path) -> None:
+    for name in ("minilm", str(minilm_copy), "openai:http://localhost:1/v1#m"):
+        check_encoder(name)
+    (minilm_copy / "model.safetensors").unlink()
+    for path in minilm_copy.glob("*.bin"):
+        path.unlink()
+    with pytest.raises(ArtifactError, match=r"cannot be loaded: .*holds no weights"):
+        check_encoder(str(minilm_copy))
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
+        check_encoder("no-such/encoder")
+
+
+def test_layers_after_the_named_one_are_left_out(minilm_copy: Path) -> None:
+    model, tokenizer = encoders.load_transformer("minilm")
+    text = TEXTS[0]
+    with torch.inference_mode():
+        states = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
+    expected = states.hidden_states[4][0].mean(dim=0).numpy()
+    found = load_encoder("minilm@4", precision="float32").encode([text])[0]
+    assert np.allclose(found, expected / np.linalg.norm(expected), atol=1e-6)
+    assert load_encoder("minilm@4").digest != load_encoder("minilm").digest
+    assert encoder_fingerprint("minilm@4") != encoder_fingerprint("minilm")
+    copy = load_encoder(f"{minilm_copy}@4", precision="float32").encode([text])[0]
+    assert np.array_equal(copy, found)
+
+
+def test_a_causal_llm_is_an_encoder_without_its_last_normalisation(tmp_path: Path) -> None:
+    folder = save_tiny_llm(tmp_path / "llm")
+    model, tokenizer = encoders.load_transformer(str(folder))
+    with torch.inference_mode():
+        ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states[1]
+    expected = states[0].mean(dim=0).numpy()
+    encoder = load_encoder(f"{folder}@1", precision="float32")
+    found = encoder.encode([TEXTS[0]])[0]
+    assert np.allclose(found, expected / np.linalg.norm(expected), atol=1e-5)
+    copied = save_encoder(encoder, tmp_path / "router")
+    loaded = load_saved_encoder(tmp_path / "router" / copied[0], description=encoder.description())
+    assert np.array_equal(loaded.encode([TEXTS[0]])[0], found)
+
+
+@pytest.mark.parametrize("layer", [0, 7])
+def test_a_layer_that_is_not_there_is_refused(layer: int) -> None:
+    with pytest.raises(ConfigError, match=rf"layer {layer}\. Expected one of 1 to 6"):
+        load_encoder(f"minilm@{layer}")

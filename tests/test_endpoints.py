@@ -174,3 +174,21 @@ def _alone(url: str, model: LLM, text: str, seed: int) -> dict[str, object]:
         "tokens": found["usage"]["completion_tokens"],
         "prompt_tokens": found["usage"]["prompt_tokens"],
     }
+
+
+def test_the_room_for_a_prompt_is_a_setting(tmp_path: Path) -> None:
+    """A prompt beyond it fails for good, and is asked again once there is room."""
+    warehouse = Warehouse(tmp_path)
+    asked = queries(warehouse, "word " * 300)
+    with pytest.raises(EndpointError, match=r"2 of 2 responses.*HTTP 400.*exceeds"):
+        generate(warehouse, asked, roomy(128), samples=2)
+    report = generate(warehouse, asked, roomy(512), samples=2)
+    assert (report.new, report.failed) == (2, 0)
+    assert {row["error"] for row in rows(warehouse)} == {None}
+
+
+def roomy(context_tokens: int) -> LLM:
+    # Gemma's slots have separate buffers, so that each holds no more than its own part.
+    gemma = load_experiment("embedded").llm("gemma3-facts")
+    endpoint = gemma.endpoint.model_copy(update={"context_tokens": context_tokens})
+    return gemma.model_copy(update={"endpoint": endpoint, "template": "{text}"})

@@ -20,6 +20,8 @@ from scripted_llm import ScriptedLLM, Step
 
 from conf.errors import BudgetError, ConfigError, DataError, EndpointError, TurnoutError
 from conf.schema import LLM, Decoding, Endpoint, Generation, Limits, Prices
+from tasks import journal
+from tasks.asking import request_seed
 from tasks.generation import (
     GenerationReport,
     collect_responses,
@@ -82,6 +84,23 @@ def texts(warehouse: Warehouse) -> set[object]:
     return {row["text"] for row in rows(warehouse)}
 
 
+def seeds(asked: Snapshot, model: LLM, samples: int, *, seed: int = 0) -> dict[str, list[int]]:
+    """The seeds of each prompt's samples."""
+    table = prompt_table(asked, model)
+    return {
+        prompt: [request_seed(seed, prompt_id, k) for k in range(samples)]
+        for prompt, prompt_id in zip(
+            table["prompt"].to_pylist(), table["prompt_id"].to_pylist(), strict=True
+        )
+    }
+
+
+def answers(asked: Snapshot, model: LLM, samples: int = 3) -> set[object]:
+    """What the scripted LLM answers to these prompts, from its seeds."""
+    found = seeds(asked, model, samples)
+    return {f"answer {seed} to {prompt}" for prompt in found for seed in found[prompt]}
+
+
 @pytest.fixture
 def warehouse(tmp_path: Path) -> Warehouse:
     return Warehouse(tmp_path / "store")
@@ -92,9 +111,10 @@ def test_every_query_gets_its_samples(warehouse: Warehouse) -> None:
     with ScriptedLLM() as server:
         report = generate(warehouse, asked, llm(server.url, system="Be brief."))
     assert (report.new, report.reused, report.failed, report.requests) == (6, 0, 0, 2)
-    assert texts(warehouse) == {f"answer {k} to {q}" for k in range(3) for q in ("one", "two")}
+    assert texts(warehouse) == answers(asked, llm(server.url, system="Be brief."))
     assert {(row["finish_reason"], row["error"]) for row in rows(warehouse)} == {("stop", None)}
-    assert sorted(str(row["seed"]) for row in rows(warehouse)) == ["0", "0", "1", "1", "2", "2"]
+    expected = seeds(asked, llm(server.url, system="Be brief."), 3)
+    assert {row["seed"] for row in rows(warehouse)} == {*expected["one"], *expected["two"]}
     assert all(float(str(row["latency_ms"])) > 0 for row in rows(warehouse))
     assert all(isinstance(row["created_at"], datetime) for row in rows(warehouse))
     assert [entry.system for entry in server.log] == ["Be brief."] * 2
@@ -111,7 +131,10 @@ def test_what_is_there_is_not_asked_again(warehouse: Warehouse) -> None:
     assert (more.new, more.reused) == (6, 4)
     assert (again.new, again.reused, again.requests) == (0, 10, 0)
     assert (fewer.new, fewer.reused) == (0, 2)
-    assert [(entry.n, entry.seed) for entry in server.log] == [(2, 0)] * 2 + [(3, 2)] * 2
+    expected = seeds(asked, llm(server.url), 5)
+    assert [entry.n for entry in server.log] == [2, 2, 3, 3]
+    for entry, first in zip(server.log, (0, 0, 2, 2), strict=True):
+        assert entry.seed == expected[entry.prompt][first]
 
 
 def test_equal_prompts_share_their_responses(warehouse: Warehouse) -> None:
@@ -136,7 +159,8 @@ def test_one_request_per_sample_where_n_is_not_supported(warehouse: Warehouse) -
     with ScriptedLLM() as server:
         report = generate(warehouse, asked, llm(server.url, **model_settings))
     assert report.requests == 3
-    assert sorted(entry.seed or 0 for entry in server.log) == [40, 41, 42]
+    expected = seeds(asked, llm(server.url, **model_settings), 3, seed=40)
+    assert sorted(entry.seed or 0 for entry in server.log) == expected["one"]
     assert all("n" not in entry.body for entry in server.log)
     assert len(texts(warehouse)) == 3
 
@@ -216,18 +240,21 @@ def test_the_address_is_what_determines_the_response(warehouse: Warehouse) -> No
 )
 def test_passing_troubles_are_tried_again(warehouse: Warehouse, step: Step) -> None:
     model = {"limits": {"timeout_s": 1, "concurrency": 1}}
+    asked = queries(warehouse, "one")
     with ScriptedLLM(steps=[step, step]) as server:
-        report = generate(warehouse, queries(warehouse, "one"), llm(server.url, **model))
+        report = generate(warehouse, asked, llm(server.url, **model))
     assert (report.new, report.failed) == (3, 0)
-    assert texts(warehouse) == {f"answer {k} to one" for k in range(3)}
+    assert texts(warehouse) == answers(asked, llm(server.url))
 
 
 def test_fewer_answers_than_asked_for_are_kept_and_the_rest_asked(warehouse: Warehouse) -> None:
+    asked = queries(warehouse, "one")
     with ScriptedLLM(steps=[Step(choices=2), Step(choices=1)]) as server:
-        report = generate(warehouse, queries(warehouse, "one"), llm(server.url), samples=4)
-    assert [(entry.n, entry.seed) for entry in server.log] == [(4, 0), (2, 2), (1, 3)]
+        report = generate(warehouse, asked, llm(server.url), samples=4)
+    first, _, third, fourth = seeds(asked, llm(server.url), 4)["one"]
+    assert [(entry.n, entry.seed) for entry in server.log] == [(4, first), (2, third), (1, fourth)]
     assert report.new == 4
-    assert texts(warehouse) == {f"answer {k} to one" for k in range(4)}
+    assert texts(warehouse) == answers(asked, llm(server.url), 4)
 
 
 def test_retry_after_is_honoured_up_to_the_longest_pause(warehouse: Warehouse) -> None:
@@ -243,37 +270,70 @@ def test_retry_after_is_honoured_up_to_the_longest_pause(warehouse: Warehouse) -
     assert waited >= 0.4 + 0.6  # the date is an hour away, the longest pause is not
 
 
-def test_a_failure_for_good_is_a_row_and_is_not_asked_again(warehouse: Warehouse) -> None:
+def test_two_prompts_share_no_seed_and_samples_count_on() -> None:
+    drawn = [[request_seed(0, f"prompt {p}", k) for k in range(10)] for p in range(1000)]
+    assert all(row == list(range(row[0], row[0] + 10)) for row in drawn)
+    assert len({seed for row in drawn for seed in row}) == 10_000
+    assert all(0 <= seed < 2**31 for row in drawn for seed in row)
+    assert request_seed(1, "prompt 0", 0) != drawn[0][0]
+
+
+def test_a_failure_for_good_is_a_row_and_is_asked_once_more_in_each_run(
+    warehouse: Warehouse,
+) -> None:
     asked = queries(warehouse, "one", "[[status=400]] two")
     with ScriptedLLM() as server:
         reports = [
             generate(warehouse, asked, llm(server.url), max_failure_share=0.5) for _ in range(2)
         ]
-        assert len(server.log) == 2
+    assert sorted(entry.prompt for entry in server.log) == ["[[status=400]] two"] * 2 + ["one"]
     assert [(r.new, r.reused, r.failed) for r in reports] == [(3, 0, 3), (0, 3, 3)]
     failed = [row for row in rows(warehouse) if row["text"] is None]
     assert len(failed) == 3
     assert all("HTTP 400" in str(row["error"]) for row in failed)
 
 
-def test_failures_stored_earlier_count_in_the_next_run_too(warehouse: Warehouse) -> None:
-    asked = queries(warehouse, "one", "[[status=400]] two")
+def test_once_the_cause_is_mended_answers_take_the_place_of_failures(warehouse: Warehouse) -> None:
+    asked = queries(warehouse, "one", "two", "three")
+    model = {"limits": {"concurrency": 1}}
+    with ScriptedLLM(steps=[Step(), Step(status=400), Step(status=400)]) as server:
+        with pytest.raises(EndpointError, match=r"3 of 9 responses.*HTTP 400.*at most 2%"):
+            generate(warehouse, asked, llm(server.url, **model))
+        assert [row["error"] is None for row in rows(warehouse)].count(False) == 3
+        server.steps.clear()
+        report = generate(warehouse, asked, llm(server.url, **model))
+        again = generate(warehouse, asked, llm(server.url, **model))
+    assert (report.new, report.reused, report.failed) == (6, 3, 0)
+    assert (again.new, again.reused, again.requests) == (0, 9, 0)
+    assert {row["error"] for row in rows(warehouse)} == {None}
+    assert texts(warehouse) == answers(asked, llm(server.url))
+    assert [entry.prompt for entry in server.log if entry.status == 200].count("one") == 1
+
+
+def test_an_uncured_cause_fails_the_next_run_after_a_few_requests(warehouse: Warehouse) -> None:
+    asked = queries(warehouse, *(f"[[status=400]] {k}" for k in range(50)))
     with ScriptedLLM() as server:
         for _ in range(2):
-            with pytest.raises(EndpointError, match=r"3 of 6 responses.*HTTP 400.*at most 2%"):
+            with pytest.raises(EndpointError, match=r"6 of 150 responses.*HTTP 400.*at most 2%"):
                 generate(warehouse, asked, llm(server.url, limits={"concurrency": 1}))
-        assert len(server.log) == 2
+    assert len(server.log) == 4
 
 
-def test_failures_are_not_final_while_nothing_was_answered(warehouse: Warehouse) -> None:
-    """A parameter that the server does not know fails every prompt, and is none's fault."""
-    asked = queries(warehouse, "one", "two")
-    with ScriptedLLM(steps=[Step(status=400)] * 2) as server:
-        with pytest.raises(EndpointError, match=r"of 6 responses of 'small' failed.*HTTP 400"):
-            generate(warehouse, asked, llm(server.url))
-        assert rows(warehouse) == []
-        server.steps.clear()
-        assert generate(warehouse, asked, llm(server.url)).new == 6
+def test_no_failure_takes_the_place_of_an_answer(warehouse: Warehouse) -> None:
+    common = {"prompt_id": "p", "llm": "small", "created_at": datetime.now(UTC).isoformat()}
+
+    def journal_of(*outcomes: dict[str, str]) -> int:
+        with open_journal(warehouse) as write:
+            for outcome in outcomes:
+                write([{**common, "sample_index": 0, **outcome}])
+        return recover_journals(warehouse)
+
+    assert journal_of({"error": "HTTP 400: a"}, {"error": "HTTP 400: b"}) == 1
+    assert [row["error"] for row in rows(warehouse)] == ["HTTP 400: b"]
+    journal_of({"text": "first"}, {"error": "HTTP 400: c"}, {"text": "second"})
+    assert [(row["text"], row["error"]) for row in rows(warehouse)] == [("first", None)]
+    assert journal_of({"error": "HTTP 400: d"}, {"text": "third"}) == 0
+    assert [(row["text"], row["error"]) for row in rows(warehouse)] == [("first", None)]
 
 
 def test_too_many_failures_stop_the_run_early_and_keep_the_rest(warehouse: Warehouse) -> None:
@@ -446,10 +506,10 @@ def test_a_torn_last_line_is_forgotten_and_a_damaged_one_set_aside(
         write([{**good, "sample_index": 0}])
         write([{**good, "sample_index": 1}])
         assert recover_journals(warehouse) == 0  # it is still being written
-    [journal] = warehouse.directory.glob("journal/*")
-    whole = journal.read_bytes().splitlines(keepends=True)
+    [written] = warehouse.directory.glob("journal/*")
+    whole = written.read_bytes().splitlines(keepends=True)
     bad = [b"\xff\xfe\n", b'[{"prompt_id": "p"}]\n', b'[{"sample_index": "x"}]\n', b"7\n", b"[]\n"]
-    journal.write_bytes(whole[0] + b"".join(bad) + whole[1] + whole[0][:20])
+    written.write_bytes(whole[0] + b"".join(bad) + whole[1] + whole[0][:20])
     assert recover_journals(warehouse) == 2
     [aside] = warehouse.directory.glob("journal/*")
     assert (aside.suffix, aside.read_bytes()) == (".damaged", b"".join(bad))
@@ -461,15 +521,12 @@ def test_a_journal_stays_until_its_rows_are_committed(
     warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = queries(warehouse, "one", "two")
-    real = Warehouse.ingest
 
-    def locked(self: Warehouse, table: str, added: pa.Table) -> int:
-        if table == "responses" and added.num_rows:
-            raise duckdb.IOException("locked")
-        return real(self, table, added)
+    def locked(*_: object) -> int:
+        raise duckdb.IOException("locked")
 
     with ScriptedLLM() as server:
-        monkeypatch.setattr(Warehouse, "ingest", locked)
+        monkeypatch.setattr(journal, "_ingest", locked)
         with pytest.raises(duckdb.IOException, match="locked"):
             generate(warehouse, asked, llm(server.url))
         monkeypatch.undo()
@@ -541,10 +598,10 @@ def test_the_scripted_server_runs_as_a_process(warehouse: Warehouse, tmp_path: P
 
 def test_a_full_disk_says_so(warehouse: Warehouse) -> None:
     with open_journal(warehouse) as write:
-        [journal] = warehouse.directory.glob("journal/*")
+        [written] = warehouse.directory.glob("journal/*")
         with pytest.raises(TurnoutError, match=r"Writing .*jsonl failed.*Expected room.*Free some"):
             _write_past_limit(write)
-    assert journal.read_bytes() == b""
+    assert written.read_bytes() == b""
 
 
 def _write_past_limit(write: object) -> None:

@@ -15,7 +15,8 @@ import torch
 from conf.errors import ArtifactError, ConfigError
 from conf.schema import Hybrid, Trainer
 from router_models import hybrid
-from router_models.hybrid import HybridRouter, _Batches
+from router_models.hybrid import HybridRouter
+from router_models.lightning_loop import TokenBatches
 from router_models.training_data import Comparisons
 
 ROOT = Path(__file__).parent.parent
@@ -320,7 +321,7 @@ def test_every_device_makes_the_same_steps_and_no_query_is_lost(
     ids = [[row + 1] * length for row, length in enumerate(lengths)]
     seen: list[int] = []
     for rank in range(ranks):
-        batches = _Batches(ids, np.arange(rows) / rows, size=size, padding=0, seed=0)
+        batches = TokenBatches(ids, np.arange(rows) / rows, size=size, padding=0, seed=0)
         batches.rank, batches.ranks = rank, ranks
         made = list(batches)
         assert len(made) == len(batches) == -(-rows // (size * ranks))

@@ -89,3 +89,8 @@ def test_descriptions_say_what_the_numbers_mean(apgr: Any, cpt: Any) -> None:
     assert "performance gap recovered" in apgr.description
     assert "lower is better" in cpt.description
     assert "2406.18665" in apgr.citation
+    for metric in (apgr, cpt):
+        assert "strong_quality: quality of the strong LLM, one a query.\n" in (
+            metric.inputs_description
+        )
+        assert set(metric.features) == {"predictions", "weak_quality", "strong_quality"}

@@ -119,6 +119,11 @@ def test_ingesting_twice_stores_once(tmp_path: Path) -> None:
         ([{"id": "a", "text": "x", "split": "dev"}], "in split 'dev'"),
         ([{"id": "a", "question": "x"}], "Expected the query text in 'text'"),
         ([{"id": "a", "text": "x"}], "No query is in split"),
+        ([{"id": "a", "text": "x", "gold": 42}], "Query 0 has the gold 42.*Expected a string, a l"),
+        ([{"id": "a", "text": "x", "gold": [1, 2]}], r"the gold \[1, 2\].*Write it as text"),
+        ([{"id": "a", "text": "x", "reference": 3.5}], "the reference 3.5.*Expected a string"),
+        ([{"id": "a", "text": "x", "context": ["y"]}], "Query 0 has the context"),
+        ([{"id": "a", "text": "x", "domain": True}], "Query 0 has the domain True"),
     ],
 )
 def test_bad_rows_are_explained(
@@ -137,3 +142,15 @@ def test_bad_files_are_explained(tmp_path: Path) -> None:
     latin.write_bytes("id,text\n1,Goiás\n".encode("latin-1"))
     with pytest.raises(DataError, match="Expected UTF-8 CSV"):
         query_table(Queries(source="file", path=str(latin)))
+
+
+def test_mixinstruct_that_is_not_there_or_something_else_is_explained(tmp_path: Path) -> None:
+    absent = Queries(source="mixinstruct", path=str(tmp_path / "absent"))
+    with pytest.raises(DataError, match=r"cannot be loaded from .*absent.*Expected.*Download it"):
+        query_table(absent)
+    jsonl(tmp_path / "train.jsonl", [{"id": "a", "prompt": "x"}])
+    with pytest.raises(DataError, match=r"has no input, instruction, output in its train split"):
+        query_table(Queries(source="mixinstruct", path=str(tmp_path)))
+    (tmp_path / "train.jsonl").write_text("{not json")
+    with pytest.raises(DataError, match="cannot be loaded from"):
+        query_table(Queries(source="mixinstruct", path=str(tmp_path)))

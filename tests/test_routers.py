@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,10 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_causal_llm import save_tiny_llm
 
 from conf.errors import ArtifactError, ConfigError, DataError
 from conf.schema import (
+    Bert,
+    CausalLLM,
     Hybrid,
+    KernelRidge,
     Knn,
     Length,
     MatrixFactorization,
@@ -25,13 +31,20 @@ from conf.schema import (
 from router_models.catalog import ROUTERS, build_router, load_router
 from router_models.training_data import Comparisons
 
+# Settings name it before a test can make it, so its place is fixed here and filled below.
+TINY_LLM = Path(tempfile.gettempdir()) / f"turnout-tiny-llm-{os.getpid()}"
 QUICK: dict[str, Any] = {
     "hybrid": Hybrid(trained_layers=1, max_length=64, trainer=Trainer(max_epochs=2, batch_size=32)),
     "knn": Knn(neighbours=(5, 10)),
+    "kernel_ridge": KernelRidge(encoders=("minilm@4", "minilm"), weights=(2, 1)),
     "length": Length(),
     "random": Random(),
     "mf": MatrixFactorization(dimension=16, trainer=Trainer(max_epochs=2, learning_rate=3e-3)),
     "sw_ranking": SimilarityWeighted(),
+    "bert": Bert(trained_layers=1, max_length=64, trainer=Trainer(max_epochs=2, batch_size=32)),
+    "causal_llm": CausalLLM(
+        model=str(TINY_LLM), template="{query}?", max_length=64, trainer=Trainer(max_epochs=2)
+    ),
 }
 ROOT = Path(__file__).parent.parent
 LINES = (ROOT / "data" / "geography.jsonl").read_text(encoding="utf-8").splitlines()
@@ -53,6 +66,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiny_llm() -> Iterator[None]:
+    """A small language model where QUICK looks for it."""
+    save_tiny_llm(TINY_LLM)
+    yield
+    shutil.rmtree(TINY_LLM)
 
 
 def comparisons(start: int = 0, stop: int = 48) -> Comparisons:

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from conf.errors import ConfigError
 from conf.load import bundled, config_digest, load_experiment
-from conf.schema import Decoding
+from conf.schema import LLM, Decoding, Endpoint, Pair, Store
 
 
 @pytest.mark.parametrize("name", bundled())
@@ -85,6 +85,16 @@ def test_digest_follows_the_settings() -> None:
         ("routers=[]", "Expected at least one"),
         ("llms.smollm2.endpoint={kind: openai}", "has no url"),
         ("llms.smollm2.endpoint={kind: embedded}", "has no weights"),
+        ("llms.smollm2.endpoint={url: 'localhost:8000'}", "url is 'localhost:8000'.*Correct"),
+        ("llms.smollm2.endpoint={url: 'http://host:port/v1'}", "Expected a base URL"),
+        ("llms.smollm2.endpoint.context_tokens=0", "context_tokens: .*greater than 0"),
+        (
+            "pairs=[{weak: smollm2, strong: gemma3-facts}, {weak: smollm2, strong: gemma3-facts}]",
+            "The pair smollm2--gemma3-facts is listed more than once.*Remove it",
+        ),
+        ("routers.knn.name=oracle", "router name 'oracle' is that of a column.*Rename the router"),
+        ("routers.knn.name=text", "is that of a column"),
+        ("routers.knn.name=a/b", "router name 'a/b' cannot be used.*Expected up to 100 letters"),
         ("seed", "Expected key=value"),
         ("seed=[", "not readable as YAML"),
         ("seed.deeper=1", "plain value 7"),
@@ -118,3 +128,61 @@ def test_unknown_and_unreadable_files(tmp_path: Path) -> None:
     words.write_text("just words")
     with pytest.raises(ConfigError, match="Expected a mapping"):
         load_experiment(words)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "a/b",
+            "a:b",
+            "it's",
+            'say "x"',
+            "`x`",
+            " a",
+            "a ",
+            "a\n",
+            "tab\there",
+            "nul\0",
+            "",
+            "..",
+        ),
+        *("x" * 101, "win_rate", "weak_quality", "query_key"),
+    ],
+)
+def test_names_that_tables_or_mlflow_cannot_carry_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"The LLM name .*Expected .*Rename the LLM"):
+        LLM(name=name, model="anything/goes:here", endpoint=Endpoint(url="http://localhost/v1"))
+
+
+@pytest.mark.parametrize("name", ["a", "gpt-3.5-turbo", "Llama 2 7b", "É_1"])
+def test_ordinary_names_are_kept(name: str) -> None:
+    endpoint = Endpoint(url="http://localhost/v1")
+    assert LLM(name=name, model="m", endpoint=endpoint).name == name
+
+
+def test_a_pairs_name_is_safe_for_the_registry_and_still_its_own() -> None:
+    from mlflow.utils.validation import _validate_model_name
+
+    names = {
+        Pair(weak=weak, strong="gpt-4").name()
+        for weak in ("mistralai/Mixtral-8x7B", "mistralai-Mixtral-8x7B", "mistralai:Mixtral-8x7B")
+    }
+    assert len(names) == 3
+    assert "mistralai-Mixtral-8x7B--gpt-4" in names
+    for name in names:
+        _validate_model_name(name)
+
+
+def test_the_tracking_server_is_the_one_set_then_that_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert Store(directory=tmp_path).mlflow_uri() == own
+    assert Store(directory=tmp_path).is_local()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert Store(directory=tmp_path).mlflow_uri() == "http://mlflow:5000"
+    assert not Store(directory=tmp_path).is_local()
+    assert Store(directory=tmp_path, tracking_uri=own).mlflow_uri() == own
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert Store(directory=tmp_path).is_local()

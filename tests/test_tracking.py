@@ -122,6 +122,20 @@ def test_metrics_params_and_datasets_arrive(experiment: Experiment) -> None:
     assert [found.dataset.digest for found in run.inputs.dataset_inputs] == [snapshot.digest]
 
 
+def test_using_a_store_leaves_the_environment_as_it_was(
+    store_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow writes its tracking URI there, which the next store would take for the user's wish."""
+    here = Store(directory=store_directory)
+    tracking.client(here)
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert Store(directory=store_directory / "other").mlflow_uri() != here.mlflow_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", here.mlflow_uri())
+    elsewhere = Store(directory=store_directory / "other")
+    assert tracking.client(elsewhere).tracking_uri == here.mlflow_uri()
+    assert os.environ["MLFLOW_TRACKING_URI"] == here.mlflow_uri()
+
+
 def test_the_store_may_lie_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert Store().mlflow_uri() == f"sqlite:///{tmp_path / '.turnout' / 'mlflow.db'}"

@@ -121,6 +121,16 @@ def loaded_model(
     return model.eval(), tokenizer
 
 
+def check_checkpoint(name: str, *, architecture: str, max_length: int) -> None:
+    """Raise what `loaded_model` would for files or settings that do not suit; load no weights."""
+    import transformers
+
+    directory = Checkpoint(name).directory()
+    with _loading(name):
+        config = transformers.AutoConfig.from_pretrained(directory)
+        _check_config(config, name, architecture=architecture, max_length=max_length)
+
+
 def longest_path(config: Any) -> int:
     """Return the longest sequence in which every token can see all the earlier ones."""
     values = config.to_dict()

@@ -5,10 +5,10 @@ this file to its cache before importing it, hence the absolute imports, one modu
 mathematics is `router_models.frontier`.
 """
 
-import datasets
 import evaluate
 
 from conf.errors import ConfigError
+from metrics.curve import COLUMNS, metric_info
 from router_models.frontier import cost_quality_curve
 
 _DESCRIPTION = (
@@ -16,47 +16,24 @@ _DESCRIPTION = (
     "performance gap recovered reaches a mark. Read off the exact curve; lower is better."
 )
 
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions: win rates, one a query: the router's estimate in [0, 1] of the probability that the
-        strong LLM is needed.
-    weak_quality: quality of the weak LLM, one a query; higher is better.
-    strong_quality: quality of the strong LLM, one a query.
-    pgr: the marks, shares of the quality gap above 0 and up to 1. Default (0.5, 0.8).
+_INPUTS = f"""
+Args:{COLUMNS}    pgr: the marks, shares of the quality gap above 0 and up to 1. Default (0.5, 0.8).
 Returns:
     cpt_50, cpt_80 … by mark: a share in [0, 1], about equal to the mark for a random router; NaN
     where the strong LLM is not better than the weak one.
 Example:
     >>> cpt = evaluate.load("metrics/cpt")
-    >>> columns = {"weak_quality": [0, 0], "strong_quality": [1, 0]}
+    >>> columns = {{"weak_quality": [0, 0], "strong_quality": [1, 0]}}
     >>> cpt.compute(predictions=[0.9, 0.1], **columns)
-    {'cpt_50': 0.25, 'cpt_80': 0.4}
+    {{'cpt_50': 0.25, 'cpt_80': 0.4}}
 """
-
-_CITATION = """
-@article{ong2024routellm,
-  title={RouteLLM: Learning to Route LLMs with Preference Data},
-  author={Ong, Isaac and others},
-  journal={arXiv:2406.18665},
-  year={2024}
-}
-"""
-
-_NUMBER = datasets.Value("float64")
 
 
 class Cpt(evaluate.Metric):
     """Call-performance threshold. RouteLLM, arXiv 2406.18665, section 3."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {"predictions": _NUMBER, "weak_quality": _NUMBER, "strong_quality": _NUMBER}
-            ),
-        )
+        return metric_info(_DESCRIPTION, _INPUTS)
 
     def _compute(
         self,

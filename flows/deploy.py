@@ -1,0 +1,256 @@
+"""Deployment: put `retrain` on a schedule, on the Prefect server that is configured.
+
+`prefect.yaml` says how (cron, one at a time, work pool); the command line may say otherwise. The
+experiment is checked here and becomes the deployment's parameters, so that the server's form shows
+it and refuses a bad change. Deploying again replaces what was there.
+
+A run does again nothing that is finished, and so there are no results to persist: responses and
+scores are in the warehouse, trained routers in folders named by the digest of all that made them,
+versions in the registry. Requests are retried one by one, with backoff, where they are made; a task
+or flow that fails is not retried by itself, for what fails after that (a refused key, a budget, a
+training) would fail again, and a budget would count anew. Retry it by hand, or wait for the
+schedule: either goes on where the run stopped.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zoneinfo import available_timezones
+
+import yaml
+
+from conf.errors import ConfigError, EndpointError
+from conf.schema import Experiment
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.responses import DeploymentResponse
+    from prefect.client.schemas.schedules import CronSchedule
+
+ROOT = Path(__file__).parent.parent
+PREFECT_YAML = ROOT / "prefect.yaml"
+NAME = "retrain"
+FULL_NAME = f"{NAME}/{NAME}"
+WORKER_TYPE = "process"
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What `turnout deploy` did."""
+
+    deployment: str
+    server: str
+    experiment: str
+    replaced: str | None
+    """The experiment that was deployed before; None on the first time."""
+    cron: str
+    timezone: str
+    one_at_a_time: str
+    """What becomes of a run that falls due while another one is under way."""
+    pool: str
+    pool_type: str
+    pool_created: bool
+    directory: str
+    """Where the worker runs it: relative paths of the experiment mean this folder."""
+
+    def worker_command(self) -> str:
+        """Return what starts a worker for it."""
+        return (
+            f"PREFECT_API_URL={self.server} prefect worker start --pool {self.pool} "
+            f"--type {self.pool_type} --limit 1"
+        )
+
+    def lines(self) -> list[str]:
+        """Return what was done, for people."""
+        done = "created" if self.replaced is None else "replaced"
+        before = "" if self.replaced in (None, self.experiment) else f" (before: {self.replaced})"
+        pool = "created" if self.pool_created else "was there"
+        return [
+            f"{done} deployment {self.deployment} of experiment {self.experiment}{before} "
+            f"on {self.server}",
+            f"schedule: {self.cron} ({self.timezone}); one at a time: {self.one_at_a_time}",
+            f"work pool {self.pool} ({self.pool_type}) {pool}; runs in {self.directory}",
+        ]
+
+
+def deploy(
+    experiment: Experiment,
+    *,
+    cron: str | None = None,
+    timezone: str | None = None,
+    pool: str | None = None,
+) -> Deployed:
+    """Create or replace the deployment, and the work pool if it is missing.
+
+    What is not given is as `prefect.yaml` has it. Raises ConfigError for a cron expression or time
+    zone that is none and where no server is configured, EndpointError where it does not answer.
+    """
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
+    from prefect.utilities.callables import parameter_schema
+
+    from flows.retrain import retrain
+
+    plan = planned()
+    (planned_schedule,) = plan["schedules"]
+    schedule = checked_schedule(
+        cron or planned_schedule["cron"], timezone or planned_schedule["timezone"]
+    )
+    pool = pool or plan["work_pool"]["name"]
+    limit = plan["concurrency_limit"]
+    directory = str(Path.cwd())
+    with server() as client:
+        before = deployed(client)
+        pool_type, pool_created = _pool(client, pool)
+        client.create_deployment(
+            flow_id=client.create_flow(retrain),
+            name=NAME,
+            description=plan["description"],
+            tags=plan["tags"],
+            # By its whole path, so that the working directory may be any.
+            entrypoint=str(ROOT / plan["entrypoint"]),
+            pull_steps=[
+                {"prefect.deployments.steps.set_working_directory": {"directory": directory}}
+            ],
+            work_pool_name=pool,
+            schedules=[
+                DeploymentScheduleCreate(
+                    schedule=schedule, active=True, slug=planned_schedule["slug"]
+                )
+            ],
+            concurrency_limit=limit["limit"],
+            concurrency_options=ConcurrencyOptions(
+                collision_strategy=ConcurrencyLimitStrategy(limit["collision_strategy"])
+            ),
+            parameters={"experiment": experiment.model_dump(mode="json")},
+            parameter_openapi_schema=parameter_schema(retrain).model_dump_for_openapi(),
+            enforce_parameter_schema=True,
+            paused=False,
+        )
+        return Deployed(
+            deployment=FULL_NAME,
+            server=str(client.api_url).rstrip("/"),
+            experiment=experiment.name,
+            replaced=None if before is None else _experiment_name(before),
+            cron=schedule.cron,
+            timezone=str(schedule.timezone),
+            one_at_a_time=limit["collision_strategy"].lower(),
+            pool=pool,
+            pool_type=pool_type,
+            pool_created=pool_created,
+            directory=directory,
+        )
+
+
+def start_retrain(experiment: Experiment) -> str | None:
+    """Start a run of the deployment and return its name; None where there is no deployment.
+
+    Raises ConfigError where another experiment is deployed.
+    """
+    if api_url() is None:
+        return None
+    with server() as client:
+        found = deployed(client)
+        if found is None:
+            return None
+        if _experiment_name(found) != experiment.name:
+            raise ConfigError(
+                f"{FULL_NAME} is deployed for the experiment {_experiment_name(found)!r}. Expected "
+                f"{experiment.name!r}, whose queries have drifted. Deploy it with `turnout deploy` "
+                "first, or name the other experiment with --config."
+            )
+        return client.create_flow_run_from_deployment(found.id, tags=["drift"]).name
+
+
+def planned() -> dict[str, Any]:
+    """Return the deployment as `prefect.yaml` has it."""
+    plan = yaml.safe_load(PREFECT_YAML.read_text(encoding="utf-8"))
+    found: dict[str, Any] = next(one for one in plan["deployments"] if one["name"] == NAME)
+    return found
+
+
+def checked_schedule(cron: str, timezone: str) -> "CronSchedule":
+    """Return the schedule; raises ConfigError for a cron expression or time zone that is none."""
+    from prefect.client.schemas.schedules import CronSchedule
+
+    known = available_timezones()
+    if timezone not in known:
+        near = get_close_matches(timezone, known, n=1, cutoff=0.5)
+        guess = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"Unknown time zone {timezone!r}.{guess} Expected a name of the IANA database, such as "
+            "Europe/Berlin or UTC. Correct --timezone."
+        )
+    try:
+        return CronSchedule(cron=cron, timezone=timezone)
+    except ValueError as error:  # pydantic's is one
+        raise ConfigError(
+            f"{cron!r} is no cron expression. Expected minute, hour, day, month and weekday, such "
+            'as "0 3 * * *" for every night at 3. Correct --cron.'
+        ) from error
+
+
+def api_url() -> str | None:
+    """Return the address of the configured Prefect server, None for none."""
+    from prefect.settings import get_current_settings
+
+    return get_current_settings().api.url
+
+
+@contextmanager
+def server() -> "Iterator[SyncPrefectClient]":
+    """Open a client of the configured server.
+
+    Raises ConfigError where none is configured, EndpointError where it does not answer.
+    """
+    from prefect.client.orchestration import get_client
+
+    url = api_url()
+    if url is None:
+        raise ConfigError(
+            "No Prefect server is configured. Expected its address in $PREFECT_API_URL: a schedule "
+            "needs a server that stays up. Start one with `prefect server start` and "
+            "`export PREFECT_API_URL=http://127.0.0.1:4200/api`."
+        )
+    with get_client(sync_client=True) as client:
+        problem = client.api_healthcheck()
+        if problem is not None:
+            raise EndpointError(
+                f"The Prefect server {url} does not answer: {problem}. Expected a running one. "
+                "Start it with `prefect server start`, or correct $PREFECT_API_URL."
+            )
+        yield client
+
+
+def deployed(client: "SyncPrefectClient") -> "DeploymentResponse | None":
+    """Return the deployment that is on the server, if any."""
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        return client.read_deployment_by_name(FULL_NAME)
+    except ObjectNotFound:
+        return None
+
+
+def _pool(client: "SyncPrefectClient", name: str) -> tuple[str, bool]:
+    """Return the type of the work pool, and whether it had to be created."""
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+    from prefect.workers.process import ProcessWorker
+
+    try:
+        return client.read_work_pool(name).type, False
+    except ObjectNotFound:
+        template = ProcessWorker.get_default_base_job_template()
+        wanted = WorkPoolCreate(name=name, type=WORKER_TYPE, base_job_template=template)
+    try:
+        return client.create_work_pool(wanted).type, True
+    except ObjectAlreadyExists:  # a worker that started this moment was quicker
+        return client.read_work_pool(name).type, False
+
+
+def _experiment_name(found: "DeploymentResponse") -> str:
+    return str((found.parameters.get("experiment") or {}).get("name", "unknown"))

@@ -1,0 +1,76 @@
+"""Drift: are the queries that come in still those that the champion was trained for?"""
+
+from pathlib import Path
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from conf.errors import ConfigError
+from conf.schema import Experiment
+from flows.deploy import FULL_NAME, start_retrain
+from tasks.calibration_data import logged_router
+from tasks.drift import DriftReport, DriftRequest, measure_drift
+
+
+@flow(name="drift", flow_run_name="drift of {request.router}", validate_parameters=True)
+def drift(experiment: Experiment, request: DriftRequest) -> DriftReport:
+    """Compare recent queries with those of the router's own run."""
+    store = experiment.store
+    # A router of the last finished run, or the promoted one.
+    router = logged_router(store, request.router, pair=request.pair)
+
+    # What it knew, by embedding and by win rate, against what came in since.
+    report = measure_drift(store, router, request, seed=experiment.seed)
+
+    create_markdown_artifact(key="drift", markdown=report.to_markdown(), description=report.pair)
+    return report
+
+
+def retrained(experiment: Experiment) -> str:
+    """Retrain, on a worker where there is a deployment and else here; return what was done."""
+    started = start_retrain(experiment)
+    if started is not None:
+        return f"Started {FULL_NAME} as flow run {started}: a worker takes it up."
+    from flows.retrain import retrain
+
+    receipts = [pair.receipt for pair in retrain(experiment).pairs]
+    return "Retrained here. " + " ".join(receipt.summary() for receipt in receipts)
+
+
+def drift_request(
+    queries: Path,
+    *,
+    router: str,
+    pair: str | None = None,
+    false_alarm_rate: str = "0.01",
+    smallest_shift: str = "0.25",
+) -> DriftRequest:
+    """Return the request that the command line's words make.
+
+    >>> drift_request(Path("log"), router="champion", false_alarm_rate="5%").false_alarm_rate
+    0.05
+    """
+    rate = _share("--false-alarm-rate", false_alarm_rate, below=0.5)
+    shift = _share("--smallest-shift", smallest_shift, below=1.0)
+    return DriftRequest(
+        queries=queries,
+        router=router,
+        pair=pair,
+        false_alarm_rate=rate,
+        smallest_shift=shift,
+    )
+
+
+def _share(option: str, word: str, *, below: float) -> float:
+    """Read 0.01 or 1% as a share above 0 and below a bound."""
+    digits = word.strip().removesuffix("%")
+    try:
+        share = float(digits) / (100 if digits != word.strip() else 1)
+    except ValueError:
+        share = float("nan")
+    if not 0 < share < below:
+        raise ConfigError(
+            f"{option} is {word!r}. Expected a share above 0 and below {below:g}, such as 0.01 or "
+            "1%. Correct it."
+        )
+    return share

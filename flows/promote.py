@@ -1,0 +1,42 @@
+"""Promotion and rollback by hand: `turnout promote VERSION` and `turnout rollback`."""
+
+from prefect import flow
+
+from conf.errors import ConfigError, unknown_name
+from conf.schema import AnyExperiment
+from tasks import promotion
+from tasks.promotion import Aliases
+
+
+@flow(name="promote", flow_run_name="promote version {version}", validate_parameters=True)
+def promote(
+    experiment: AnyExperiment, version: str, model: str | None = None, force: str | None = None
+) -> Aliases:
+    """Make a registered version the champion of its pair.
+
+    force: why a version is promoted that the gate has not passed.
+    """
+    store, name = experiment.store, registered_model(experiment, model)
+    why = promotion.check_may_be_promoted(store, name, version, force)
+    return promotion.promote(store, name, version, why=why)
+
+
+@flow(name="rollback", validate_parameters=True)
+def rollback(experiment: AnyExperiment, model: str | None = None) -> Aliases:
+    """Make the previous champion the champion again, and the champion the previous one."""
+    return promotion.rollback(experiment.store, registered_model(experiment, model))
+
+
+def registered_model(experiment: AnyExperiment, model: str | None) -> str:
+    """Return the registered model that is meant: the one named, or that of the only pair."""
+    known = [pair.name() for pair in experiment.pairs]
+    if model is None and len(known) == 1:
+        return known[0]
+    if model is None:
+        raise ConfigError(
+            f"The experiment has {len(known)} pairs: {', '.join(known)}. Expected one to be named. "
+            "Choose it with --pair."
+        )
+    if model not in known:
+        raise ConfigError(unknown_name("pair", model, known) + " Choose one with --pair.")
+    return model

@@ -1,0 +1,279 @@
+"""The arms of the gate: what a candidate is held against, trained or scored for the purpose.
+
+kNN, where none was configured; the candidate's twin, trained on shuffled outcomes, which must know
+nothing; and the champion, by win rates on queries that it was not trained on. Champion and
+candidate are never loaded into one interpreter: MLflow lets code that is already imported win.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from conf.schema import Evaluation, Knn, Store
+from conf.schema import Router as RouterSettings
+from router_models.statistics import Bootstrap, bootstrap_metrics
+from router_models.training_data import same_prompt
+from serving.score import win_rates_in_clean_process
+from tasks import tracking
+from tasks.evaluation import Comparison, evaluated_queries, flat
+from tasks.labelling import RatedQueries
+from tasks.preferences import leaks
+from tasks.progress import stage
+from tasks.training import TrainedRouter, evaluation_folds, train_router
+from tasks.warehouse import Snapshot, Warehouse
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# What says which query a row is about; every other column of a labels table is an outcome.
+IDENTITY = ("query_key", "query_id", "text", "domain", "split")
+BATTLE_IDENTITY = ("preference_key", "source", "dataset", "battle_id", "prompt", "domain")
+CONTROL_TAG = "turnout.control"
+LOGGED = "win_rates/predictions.parquet"
+PROMPTS = "training/prompts.parquet"
+
+
+@dataclass(frozen=True, eq=False)
+class ChampionArm:
+    """The champion on the candidate's test queries."""
+
+    version: str
+    win_rate: np.ndarray
+    """(N,), NaN for queries on which the comparison would not be fair."""
+    note: str
+    """Where the win rates come from, and what was left out."""
+
+    def fair(self) -> np.ndarray:
+        """Return the positions of the queries that it was not trained on."""
+        return np.flatnonzero(~np.isnan(self.win_rate))
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the routers of a comparison were trained on, so that others can be trained alike."""
+
+    store: Store
+    queries: RatedQueries
+    evaluation: Evaluation
+    seed: int
+    parent_id: str
+    """The MLflow run whose children the arms become."""
+    battles: Snapshot | None = None
+
+    def arm(self, settings: RouterSettings, control: str) -> TrainedRouter:
+        """Return a router that is trained to be compared with, not to be served."""
+        trained = train_router(
+            self.store,
+            self.queries,
+            settings,
+            evaluation=self.evaluation,
+            seed=self.seed,
+            parent_id=self.parent_id,
+            battles=self.battles,
+            served=False,
+        )
+        tracking.client(self.store).set_tag(trained.run_id, CONTROL_TAG, control)
+        return trained
+
+    def data_digest(self) -> str:
+        """Return the digest of all that the routers learn from and are evaluated on."""
+        battles = "" if self.battles is None else self.battles.digest
+        return self.queries.labels.digest + battles
+
+    def prompts(self) -> list[str]:
+        """Return what the served form of a router learns from, prompt by prompt."""
+        labels = self.queries.labels.read()
+        if self.battles is not None:
+            return list(self.battles.read()["prompt"].to_pylist())
+        folds = evaluation_folds(labels, self.evaluation)
+        rows = np.arange(labels.num_rows)  # out of fold, it is trained on everything in the end
+        if len(folds) == 1:
+            rows = np.concatenate([folds[0].train, folds[0].validation])
+        return list(labels["text"].take(pa.array(rows)).to_pylist())
+
+
+def knn_arm(
+    training: Training, comparison: Comparison, trained: Sequence[TrainedRouter]
+) -> tuple[str, np.ndarray] | None:
+    """Return the best kNN's name and win rates on the compared queries; None where it is judged.
+
+    Where the run trained none, one with default settings is trained on the same data and folds.
+    """
+    table = comparison.table.read()
+    known = [router.name for router in trained if router.settings.router == "knn"]
+    if comparison.best in known:
+        return None
+    if known:
+        best = max(known, key=lambda name: np.nan_to_num(comparison.estimates[name]["apgr"].value))
+        return best, table[best].to_numpy()
+    arm = training.arm(Knn(name="gate-knn"), "kNN, trained for the gate")
+    rows = evaluated_queries(training.queries, [arm])
+    rate = dict(zip(rows["query_key"].to_pylist(), rows[arm.name].to_pylist(), strict=True))
+    return arm.name, np.array([rate[key] for key in table["query_key"].to_pylist()])
+
+
+def shuffled_control(training: Training, settings: RouterSettings) -> Bootstrap:
+    """Train the candidate's twin on shuffled outcomes and evaluate it on shuffled outcomes.
+
+    The replicates are those of a router called `shuffled`.
+    """
+    store, seed = training.store, training.seed
+    labels = shuffled_outcomes(training.queries.labels.read(), seed=seed)
+    warehouse = Warehouse(store.directory)
+    queries = replace(training.queries, labels=warehouse.write_snapshot("shuffled", labels))
+    battles = training.battles
+    if battles is not None:
+        moved = shuffled_battles(battles.read(), labels, strong=queries.pair.strong, seed=seed)
+        battles = warehouse.write_snapshot("shuffled_battles", moved)
+    twin = replace(training, queries=queries, battles=battles).arm(
+        settings.model_copy(update={"name": f"{settings.name}-shuffled"}),
+        "outcomes shuffled over prompts",
+    )
+    rows = evaluated_queries(queries, [twin])
+    found = bootstrap_metrics(
+        {"shuffled": rows[twin.name].to_numpy()},
+        rows["weak_quality"].to_numpy(),
+        rows["strong_quality"].to_numpy(),
+        replicates=training.evaluation.replicates,
+        seed=seed,
+    )
+    tracking.log_metrics(store, twin.run_id, flat(found.estimates("shuffled")))
+    return found
+
+
+def shuffled_outcomes(labels: pa.Table, *, seed: int) -> pa.Table:
+    """Return the labels with outcomes permuted over distinct prompts.
+
+    Labels and qualities move together, and a prompt (`same_prompt`) keeps one outcome wherever it
+    occurs, in training as in the test. So a router can do better than chance only by meeting, in
+    the test, prompts from its training: had each row its own outcome, or were only the training
+    labels shuffled, remembering them would not help in the test and the leak would not show. A
+    text that itself tells the outcome is not noticed: nothing ties it to its new outcome.
+    """
+    return _moved(labels, "text", IDENTITY, seed)
+
+
+def shuffled_battles(battles: pa.Table, labels: pa.Table, *, strong: str, seed: int) -> pa.Table:
+    """Return the battles with outcomes permuted over prompts, in agreement with the ``labels``.
+
+    A prompt that is also in the shuffled labels takes its verdict from the qualities there.
+    """
+    moved = _moved(battles, "prompt", BATTLE_IDENTITY, seed)
+    gap = dict(
+        zip(
+            map(same_prompt, labels["text"].to_pylist()),
+            labels["strong_quality"].to_numpy() - labels["weak_quality"].to_numpy(),
+            strict=True,
+        )
+    )
+    a_wins = moved["a_wins"].to_numpy().copy()
+    sides = zip(moved["prompt"].to_pylist(), moved["llm_a"].to_pylist(), strict=True)
+    for row, (prompt, llm_a) in enumerate(sides):
+        if (known := gap.get(same_prompt(prompt))) is not None:
+            a_wins[row] = 0.5 * (1 + np.sign(known if llm_a == strong else -known))
+    position = moved.schema.get_field_index("a_wins")
+    return moved.set_column(position, moved.schema.field(position), pa.array(a_wins))
+
+
+def _moved(rows: pa.Table, text: str, identity: Sequence[str], seed: int) -> pa.Table:
+    """Return the rows, all columns but ``identity`` permuted over distinct texts."""
+    _, first, group = np.unique(
+        [same_prompt(prompt) for prompt in rows[text].to_pylist()],
+        return_index=True,
+        return_inverse=True,
+    )
+    # A group's outcome is that of its first row.
+    source = first[np.random.default_rng(seed).permutation(len(first))][group]
+    taken = rows.take(pa.array(source))
+    for position, field in enumerate(rows.schema):
+        if field.name not in identity:
+            rows = rows.set_column(position, field, taken[field.name])
+    return rows
+
+
+def duplicated_prompts(training: Training) -> tuple[list[str], int]:
+    """Return the evaluated prompts that stand in the training data of the router that predicts
+    them, and how many distinct prompts are evaluated.
+
+    What early stopping watches counts as training data. Battles on evaluated prompts are left out
+    of training; there are no duplicates then.
+    """
+    labels = training.queries.labels.read()
+    texts = np.array(labels["text"].to_pylist(), dtype=object)
+    found: dict[str, str] = {}
+    evaluated: set[str] = set()
+    for fold in evaluation_folds(labels, training.evaluation):
+        predicted = texts[fold.predicted]
+        evaluated |= {same_prompt(text) for text in predicted}
+        if training.battles is None:
+            learned = texts[np.concatenate([fold.train, fold.validation])]
+            found |= {same_prompt(text): text for text in leaks(learned, predicted).duplicates}
+    return list(found.values()), len(evaluated)
+
+
+def prompt_hashes(texts: Iterable[str]) -> list[str]:
+    """Return a hash of each prompt: enough to recognise it again, not enough to read it."""
+    return [
+        hashlib.sha256(same_prompt(text).encode("utf-8", "surrogatepass")).hexdigest()[:24]
+        for text in texts
+    ]
+
+
+def champion_arm(store: Store, model: str, version: str, comparison: Comparison) -> ChampionArm:
+    """Return the champion's win rates on the compared queries.
+
+    Where its run logged one for the query, made without having seen it (held out or out-of-fold),
+    that is taken. Else, if the prompt was not in its training data, the registered version scores
+    it in a clean process. What remains is left out: it would know the answers.
+
+    Raises ArtifactError when the version has to be scored and cannot be.
+    """
+    client = tracking.client(store)
+    run_id = client.get_model_version(model, version).run_id
+    table = comparison.table.read()
+    keys, texts = table["query_key"].to_pylist(), table["text"].to_pylist()
+    logged = _logged(client, run_id, LOGGED)
+    known = {}
+    if logged is not None:
+        known_keys, known_rates = logged["query_key"].to_pylist(), logged["win_rate"].to_pylist()
+        known = dict(zip(known_keys, known_rates, strict=True))
+    rates = np.array([known.get(key, np.nan) for key in keys], dtype=np.float64)
+    trained_on = _logged(client, run_id, PROMPTS)
+    new = np.array([], dtype=np.int64)
+    if trained_on is not None:
+        seen = set(trained_on["prompt"].to_pylist())
+        unseen = np.array([prompt not in seen for prompt in prompt_hashes(texts)])
+        new = np.flatnonzero(np.isnan(rates) & unseen)
+    if len(new):
+        with stage("Scoring the champion in a clean process"):
+            rates[new] = win_rates_in_clean_process(
+                f"models:/{model}/{version}",
+                [texts[row] for row in new],
+                tracking_uri=store.mlflow_uri(),
+            )
+    left_out = int(np.isnan(rates).sum())
+    note = (
+        f"Champion, version {version}: win rates logged by its own run for "
+        f"{len(keys) - len(new) - left_out} queries, scored in a clean process for {len(new)}"
+    )
+    if left_out:
+        why = "it was trained on them" if trained_on is not None else "its training is not recorded"
+        note += f"; {left_out} left out of the comparison, since {why}"
+    return ChampionArm(version, rates, f"{note}.")
+
+
+def _logged(client: "MlflowClient", run_id: str | None, path: str) -> pa.Table | None:
+    """Return a Parquet artifact of a run, None where it has none."""
+    if not run_id:
+        return None
+    if path not in [item.path for item in client.list_artifacts(run_id, str(Path(path).parent))]:
+        return None
+    with TemporaryDirectory() as directory:
+        return pq.read_table(client.download_artifacts(run_id, path, directory))

@@ -1,0 +1,389 @@
+"""The pool: routers that choose among all LLMs of an experiment, not between two.
+
+The scored responses of every two LLMs are battles; routers that compare any two LLMs learn from
+them, and `router_models/pool.py` turns their win rates into a choice for each query. Judged on
+queries the router has not seen, against every single LLM and the best mixture of two at its cost.
+"""
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from prefect import task
+
+from conf.errors import DataError
+from conf.schema import Experiment
+from router_models.catalog import Router, build_router
+from router_models.frontier import upper_hull
+from router_models.pool import PoolCurve, PoolOutcome, expected_quality, pool_curve, pool_outcomes
+from router_models.statistics import Estimate, Interval, mean_interval
+from router_models.training_data import Comparisons
+from tasks import tracking
+from tasks.evaluation import flat
+from tasks.figures import COLOURS, GREY
+from tasks.progress import progress
+from tasks.registry import PREDICT_PARAMS, ROOT, requirements
+from tasks.training import evaluation_folds, everything
+from tasks.warehouse import Snapshot, Warehouse
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class PoolQueries:
+    """The queries that all LLMs answered, with every sample's quality."""
+
+    table: pa.Table
+    """query_key, query_id, text, domain, split; ordered by query_id."""
+    llms: tuple[str, ...]
+    samples: Mapping[str, np.ndarray]
+    """LLM → (n, samples) qualities."""
+    cost_usd: np.ndarray
+    """(n, LLMs) mean cost of one response."""
+
+    def quality(self) -> np.ndarray:
+        """Return mean qualities, (n, LLMs)."""
+        return np.stack([self.samples[llm].mean(axis=1) for llm in self.llms], axis=1)
+
+
+@dataclass(frozen=True)
+class SingleLLM:
+    """Sending every query to one LLM."""
+
+    llm: str
+    quality: Estimate
+    cost_usd_per_1000: float
+
+
+@dataclass(frozen=True)
+class RoutedPool:
+    """Sending every query to the LLM that a router's policy chooses."""
+
+    router: str
+    run_id: str
+    model: str
+    """Name and version of the registered model, as MLflow's URI."""
+    outcome: PoolOutcome
+
+
+@dataclass(frozen=True)
+class PoolReport:
+    """Every single LLM, cheapest first, and every router's policy, on the same queries."""
+
+    metric: str
+    queries: int
+    out_of_fold: bool
+    unscored: int
+    """Queries left out because some LLM's response or its score is missing."""
+    margin: float
+    singles: tuple[SingleLLM, ...]
+    routers: tuple[RoutedPool, ...]
+
+
+@task(task_run_name="route among all LLMs")
+def route_pool(
+    experiment: Experiment, queries: Snapshot, responses: Snapshot, scores: Snapshot, run_id: str
+) -> PoolReport:
+    """Train the pool's routers, and judge what they choose for queries they have not seen."""
+    assert experiment.pool is not None
+    warehouse = Warehouse(experiment.store.directory)
+    metric = experiment.quality.label_metric
+    rated = pool_queries(
+        warehouse,
+        queries,
+        responses,
+        scores,
+        llms=[llm.name for llm in experiment.llms],
+        metric=metric,
+    )
+    folds = evaluation_folds(rated.table, experiment.evaluation)
+    judged = np.sort(np.concatenate([fold.predicted for fold in folds]))
+    quality, cost_usd = rated.quality()[judged], rated.cost_usd[judged]
+    singles = [
+        SingleLLM(
+            llm,
+            mean_interval(
+                quality[:, column],
+                replicates=experiment.evaluation.replicates,
+                seed=experiment.seed,
+                level=experiment.evaluation.confidence,
+            ),
+            float(1e3 * cost_usd[:, column].mean()),
+        )
+        for column, llm in enumerate(rated.llms)
+    ]
+    singles.sort(key=lambda single: (single.cost_usd_per_1000, single.llm))
+    routed = [
+        _routed(experiment, settings, rated, judged, singles, run_id)
+        for settings in experiment.pool_routers()
+    ]
+    return PoolReport(
+        metric=metric,
+        queries=len(judged),
+        out_of_fold=len(folds) > 1,
+        unscored=queries.rows - rated.table.num_rows,
+        margin=experiment.pool.margin,
+        singles=tuple(singles),
+        routers=tuple(routed),
+    )
+
+
+def pool_queries(
+    warehouse: Warehouse,
+    queries: Snapshot,
+    responses: Snapshot,
+    scores: Snapshot,
+    *,
+    llms: Sequence[str],
+    metric: str,
+) -> PoolQueries:
+    """Return the queries with all samples of all ``llms`` scored.
+
+    Raises DataError when there is none.
+    """
+    rows = warehouse.query(
+        """
+        WITH side AS (
+            SELECT query_key, llm, list(value ORDER BY sample_index) AS quality
+            FROM read_parquet($scores) WHERE metric = $metric AND list_contains($llms, llm)
+            GROUP BY query_key, llm
+        ),
+        price AS (
+            SELECT query_key, llm, avg(cost_usd) AS usd FROM read_parquet($responses)
+            GROUP BY query_key, llm
+        ),
+        complete AS (
+            SELECT *, max(len(quality)) OVER (PARTITION BY llm) AS samples FROM side
+        )
+        SELECT q.query_key, query_id, text, domain, split, llm, quality, usd
+        FROM read_parquet($queries) q JOIN complete USING (query_key)
+        JOIN price USING (query_key, llm)
+        WHERE len(quality) = samples
+        QUALIFY count(*) OVER (PARTITION BY q.query_key) = len($llms)
+        ORDER BY query_id, llm
+        """,
+        {
+            "scores": str(scores.path),
+            "responses": str(responses.path),
+            "queries": str(queries.path),
+            "metric": metric,
+            "llms": list(llms),
+        },
+    )
+    if rows.num_rows == 0:
+        raise DataError(
+            f"No query has all its {metric!r} scores for all of {', '.join(llms)}. Expected every "
+            "sample of every LLM scored. Look at the failed responses (error column of the "
+            "responses table) and run again."
+        )
+    names = sorted(llms)
+    sides = {name: rows.filter(pc.equal(rows["llm"], name)).combine_chunks() for name in names}
+    return PoolQueries(
+        table=sides[names[0]].drop_columns(["llm", "quality", "usd"]),
+        llms=tuple(names),
+        samples={
+            name: np.array(side["quality"].to_pylist(), dtype=np.float64)
+            for name, side in sides.items()
+        },
+        cost_usd=np.stack([side["usd"].to_numpy() for side in sides.values()], axis=1),
+    )
+
+
+def pool_battles(rated: PoolQueries, *, weak: str, strong: str) -> tuple[Comparisons, np.ndarray]:
+    """Return one battle of every two LLMs for each query, and each battle's row of the queries.
+
+    The outcome is the share of pairs of samples in which a's is better; equal ones count half.
+    """
+    texts = rated.table["text"].to_pylist()
+    pairs = list(combinations(rated.llms, 2))
+    outcomes = []
+    for a, b in pairs:
+        first, second = rated.samples[a][:, :, None], rated.samples[b][:, None, :]
+        outcomes.append(((first > second) + 0.5 * (first == second)).mean(axis=(1, 2)))
+    count = len(texts)
+    data = Comparisons(
+        prompts=tuple(texts * len(pairs)),
+        llm_a=tuple(a for a, _ in pairs for _ in range(count)),
+        llm_b=tuple(b for _, b in pairs for _ in range(count)),
+        a_wins=np.concatenate(outcomes),
+        weak=weak,
+        strong=strong,
+    )
+    return data, np.tile(np.arange(count), len(pairs))
+
+
+def trained_pool(
+    settings: Any, rated: PoolQueries, experiment: Experiment
+) -> tuple[np.ndarray, Router]:
+    """Return expected qualities of the judged queries, (judged, LLMs), and the final router.
+
+    Rows are in the order of the queries; each is by a router that has not seen the query.
+    """
+    pair = experiment.pairs[0]
+    data, query = pool_battles(rated, weak=pair.weak, strong=pair.strong)
+    texts = rated.table["text"].to_pylist()
+    folds = evaluation_folds(rated.table, experiment.evaluation)
+    lessons = folds if len(folds) == 1 else [*folds, everything(rated.table)]
+    expected = np.full((len(texts), len(rated.llms)), np.nan)
+    with progress(f"Training pool {settings.name}", len(lessons)) as advance:
+        for fold in lessons:
+            router = build_router(settings).fit(
+                data.take(np.flatnonzero(np.isin(query, fold.train))),
+                data.take(np.flatnonzero(np.isin(query, fold.validation))),
+                seed=experiment.seed,
+            )
+            prompts = [texts[row] for row in fold.predicted]
+            expected[fold.predicted] = expected_quality(router, prompts, llms=rated.llms)
+            advance(1)
+    judged = np.sort(np.concatenate([fold.predicted for fold in folds]))
+    return expected[judged], router
+
+
+def _routed(
+    experiment: Experiment,
+    settings: Any,
+    rated: PoolQueries,
+    judged: np.ndarray,
+    singles: Sequence[SingleLLM],
+    parent_id: str,
+) -> RoutedPool:
+    """Train and judge one router in a run of its own, and register it."""
+    assert experiment.pool is not None
+    store, evaluation, margin = experiment.store, experiment.evaluation, experiment.pool.margin
+    quality, cost_usd = rated.quality()[judged], rated.cost_usd[judged]
+    name = f"pool-{settings.name}"
+    tags = {"turnout.kind": settings.router, "turnout.pool": "all"}
+    with tracking.child_run(store, parent_id, name, tags=tags) as run_id:
+        tracking.log_params(
+            store, run_id, settings.model_dump(mode="json") | {"pool.margin": margin}
+        )
+        expected, router = trained_pool(settings, rated, experiment)
+        (outcome,) = pool_outcomes(
+            expected,
+            quality,
+            cost_usd,
+            margins=[margin],
+            replicates=evaluation.replicates,
+            seed=experiment.seed,
+            level=evaluation.confidence,
+        )
+        tracking.log_metrics(store, run_id, _metrics(outcome, rated.llms))
+        table = rated.table.take(judged).select(["query_key", "query_id", "text", "domain"])
+        for column, llm in enumerate(rated.llms):
+            for what, values in {
+                "expected": expected,
+                "quality": quality,
+                "cost_usd": cost_usd,
+            }.items():
+                table = table.append_column(f"{what}/{llm}", pa.array(values[:, column]))
+        snapshot = Warehouse(store.directory).write_snapshot("pool", table)
+        client = tracking.client(store)
+        client.log_artifact(run_id, str(snapshot.path), "pool")
+        curve = pool_curve(expected, quality, cost_usd)
+        figure = cost_quality(curve, outcome, singles, router=settings.name, experiment=experiment)
+        client.log_figure(run_id, figure, "pool/cost_quality.png")
+        model = _register(experiment, settings, router, rated, run_id)
+    return RoutedPool(router=settings.name, run_id=run_id, model=model, outcome=outcome)
+
+
+def _metrics(outcome: PoolOutcome, llms: Sequence[str]) -> dict[str, float]:
+    estimates = {
+        "pool_quality": outcome.quality,
+        "pool_cost_usd_per_1000": per_1000(outcome.cost_usd),
+        "pool_over_single": outcome.over_single,
+        "pool_over_mix": outcome.over_mix,
+    }
+    shares = {f"pool_share/{llm}": share for llm, share in zip(llms, outcome.shares, strict=True)}
+    return flat(estimates) | shares
+
+
+def per_1000(usd: Estimate) -> Estimate:
+    """Return the cost of 1,000 queries from that of one."""
+    ends = usd.interval
+    return Estimate(1e3 * usd.value, Interval(1e3 * ends.low, 1e3 * ends.high, ends.level))
+
+
+def _register(
+    experiment: Experiment, settings: Any, router: Router, rated: PoolQueries, run_id: str
+) -> str:
+    """Register the final router with what its LLMs cost; no alias is moved: nothing judged it."""
+    import mlflow
+
+    costs = dict(zip(rated.llms, rated.cost_usd.mean(axis=0).tolist(), strict=True))
+    example = rated.table["text"].to_pylist()[:2]
+    name = "pool-" + re.sub(r"[^\w.\-]", "-", experiment.name)
+    with tempfile.TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
+        router.save(Path(scratch, "router"))
+        logged = mlflow.pyfunc.log_model(
+            name="router",
+            python_model=ROOT / "serving" / "router_model.py",
+            artifacts={"router": str(Path(scratch, "router"))},
+            code_paths=[str(ROOT / "conf"), str(ROOT / "router_models")],
+            input_example=(example, PREDICT_PARAMS),
+            model_config={"cost_usd": costs},
+            pip_requirements=requirements(settings),
+            registered_model_name=name,
+        )
+    version = str(logged.registered_model_version)
+    for key, value in {"router": settings.name, "metric": experiment.quality.label_metric}.items():
+        tracking.client(experiment.store).set_model_version_tag(name, version, key, value)
+    return f"models:/{name}/{version}"
+
+
+def cost_quality(
+    curve: PoolCurve,
+    outcome: PoolOutcome,
+    singles: Sequence[SingleLLM],
+    *,
+    router: str,
+    experiment: Experiment,
+) -> "Figure":
+    """Return cost in USD against quality: the policy at all margins, and all single LLMs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.plot(1e3 * curve.cost_usd, curve.quality, color=COLOURS[0], label=f"pool of {router}")
+    chosen = per_1000(outcome.cost_usd)
+    axes.errorbar(
+        [chosen.value],
+        [outcome.quality.value],
+        # A percentile interval need not hold the estimate itself.
+        yerr=[
+            [max(0.0, outcome.quality.value - outcome.quality.interval.low)],
+            [max(0.0, outcome.quality.interval.high - outcome.quality.value)],
+        ],
+        fmt="o",
+        color=COLOURS[1],
+        capsize=3,
+        label=f"margin {outcome.margin:g}, with its interval",
+    )
+    best_first = sorted(singles, key=lambda llm: (llm.cost_usd_per_1000, -llm.quality.value))
+    costs = np.array([single.cost_usd_per_1000 for single in best_first])
+    qualities = np.array([single.quality.value for single in best_first])
+    hull_cost, hull_quality = upper_hull(costs, qualities)
+    axes.plot(
+        hull_cost,
+        np.maximum.accumulate(hull_quality),
+        color=GREY,
+        linestyle="--",
+        label="best coin toss between two LLMs",
+    )
+    axes.plot(costs, qualities, "s", color="black", label="one LLM for all queries")
+    for single in singles:
+        at = (single.cost_usd_per_1000, single.quality.value)
+        axes.annotate(single.llm, at, (6, -10), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("US dollars for 1,000 queries")
+    axes.set_ylabel(f"mean quality ({experiment.quality.label_metric})")
+    axes.set_title("Choosing among all LLMs, on queries the router has not seen")
+    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    return figure

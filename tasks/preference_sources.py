@@ -1,0 +1,369 @@
+"""Where battles come from: files and hub datasets of people and judges, and our own scores.
+
+Each adapter brings one layout to the one table of `tasks/preferences.py`: Chatbot Arena's battles,
+and RouteLLM's judge battles of the same schema; RouteLLM's response CSVs, whose correct and wrong
+answers make verdicts (D_gold); alpaca_eval's judgements against one reference LLM; and the scored
+responses of a run. The adapters leave out what cannot be used, and count it. Source: arXiv
+2406.18665, section 4.1.
+
+A long file: one adapter after the other, each with its checks.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from conf.errors import DataError, unknown_name
+from tasks.preferences import (
+    AGAINST_ITSELF,
+    CONTAMINATED,
+    VERDICTS,
+    Preferences,
+    Source,
+    battle,
+    battle_table,
+    contaminated_prompts,
+    readable,
+)
+from tasks.warehouse import Snapshot
+
+Layout = Literal["arena", "gold", "alpaca"]
+
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FLAGS = ("winner_model_a", "winner_tie", "winner_model_b")
+WINNERS = {"model_a": "a", "model_b": "b", "tie": "tie", "tie (bothbad)": "tie"}
+ALPACA_REFERENCE = "gpt4_1106_preview"
+# Nearer to 0 or 1 a judge's probability says nothing but that it is certain.
+CERTAIN = 0.01
+
+
+def preferences(
+    layout: Layout, path: str, *, source: Source | None = None, llms: Sequence[str] = ()
+) -> Preferences:
+    """Return the battles found at ``path``, read as ``layout``; llms: of alpaca's, as there."""
+    if layout == "arena":
+        return arena_preferences(path, source=source or "arena")
+    if layout == "gold":
+        return gold_preferences(Path(path))
+    return alpaca_preferences(Path(path), llms=llms)
+
+
+def arena_preferences(path: str, *, source: Source = "arena") -> Preferences:
+    """Return the battles of a hub dataset, a folder or a file in Chatbot Arena's schema.
+
+    Columns: model_a, model_b, prompt (JSON-encoded turns, of which the first is routed; plain text
+    is taken as it is), and winner_model_a, winner_model_b, winner_tie, or one column `winner`. id
+    is optional. A winner between equal responses (response_a, response_b, where they are there)
+    says nothing, and is left out. Raises DataError for missing columns and for rows without exactly
+    one verdict.
+    """
+    table = _arena_table(path)
+    judged = ["winner"] if "winner" in table.column_names else list(FLAGS)
+    needed = ["model_a", "model_b", "prompt", *judged]
+    if missing := [name for name in needed if name not in table.column_names]:
+        raise DataError(
+            f"{path} has the columns {', '.join(sorted(table.column_names))}; "
+            f"{', '.join(missing)} is missing. Expected model_a, model_b, prompt and "
+            f"{', '.join(FLAGS)} (or winner). Rename the columns."
+        )
+    ids = table["id"].to_pylist() if "id" in table.column_names else range(table.num_rows)
+    columns = [table[name].to_pylist() for name in needed]
+    records, left_out = [], Counter[str]()
+    for row, (battle_id, equal, a, b, prompt, *said) in enumerate(
+        zip(ids, _equal_responses(table), *columns, strict=True)
+    ):
+        text = _first_turn(prompt)
+        verdict = _verdict(dict(zip(judged, said, strict=True)), row)
+        if not text.strip():
+            left_out["no text in the first turn"] += 1
+        elif a == b:
+            left_out[AGAINST_ITSELF] += 1
+        elif equal and verdict != "tie":
+            left_out["a winner between equal responses"] += 1
+        else:
+            records.append(battle(str(battle_id), text, str(a), str(b), VERDICTS[verdict]))
+    return Preferences(battle_table(records, source=source, dataset=path), left_out)
+
+
+def gold_preferences(path: Path, *, contaminated: Path | None = None) -> Preferences:
+    """Return the battles in a response CSV, or in all CSVs of a folder, between all its LLMs.
+
+    A CSV has the columns `prompt` and, for each LLM, whether it answered correctly: True or False,
+    or a score in [0, 1]. Text columns, such as the responses, are not read.
+    contaminated: a JSONL file of prompts (eval_prompt) that are left out; by default the folder's
+    own `contaminated_prompts.jsonl`, where there is one.
+    """
+    folder = path if path.is_dir() else path.parent
+    files = sorted(folder.glob("*.csv")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(
+            f"{path} holds no CSV. Expected RouteLLM's response files: prompt, then a column for "
+            "each LLM. Correct the path."
+        )
+    listed = contaminated or folder / CONTAMINATED
+    refused = set(contaminated_prompts(listed)) if contaminated or listed.exists() else set()
+    records, left_out = [], Counter[str]()
+    for file in files:
+        frame, llms = _correctness(file)
+        for row, (prompt, *correct) in enumerate(
+            frame[["prompt", *llms]].itertuples(index=False, name=None)
+        ):
+            if prompt in refused:
+                left_out["contaminated"] += 1
+                continue
+            for (a, right_a), (b, right_b) in combinations(zip(llms, correct, strict=True), 2):
+                a_wins = 0.5 * (1 + np.sign(float(right_a) - float(right_b)))
+                record = battle(f"{file.stem}:{row}", readable(prompt), a, b, float(a_wins))
+                quality = {"a_quality": float(right_a), "b_quality": float(right_b)}
+                records.append(record | quality | {"domain": file.stem})
+    if left_out and not records:
+        raise DataError(
+            f"All {left_out['contaminated']} rows of {path} are contaminated: {listed} lists them. "
+            "Expected rows that are not. Correct the list."
+        )
+    return Preferences(battle_table(records, source="gold", dataset=str(path)), left_out)
+
+
+def alpaca_preferences(path: Path, *, llms: Sequence[str] = ()) -> Preferences:
+    """Return alpaca_eval's judgements, each LLM against the reference LLM.
+
+    path: a folder with queries.parquet (query_id, prompt) and preferences.parquet (query_id,
+    model, win_prob). llms: also the battles between each two of these, which follow from both
+    judgements on one query: the odds of a against b are those of a against the reference, divided
+    by those of b (Bradley-Terry).
+    """
+    queries = _parquet(path / "queries.parquet", ("query_id", "prompt"))
+    judged = _parquet(path / "preferences.parquet", ("query_id", "model", "win_prob"))
+    prompts = dict(zip(queries["query_id"], queries["prompt"], strict=True))
+    if unknown := set(judged["query_id"]) - set(prompts):
+        raise DataError(
+            f"{len(unknown)} queries of {path / 'preferences.parquet'}, such as {min(unknown)!r}, "
+            "are not in queries.parquet. Expected a prompt for each. Complete the file."
+        )
+    bad = judged[~judged["win_prob"].between(0, 1)]
+    if len(bad):
+        raise DataError(
+            f"{len(bad)} judgements, the first of {bad['model'].iloc[0]!r}, have a win_prob of "
+            f"{bad['win_prob'].iloc[0]}. Expected a probability in [0, 1]. Correct or drop them."
+        )
+    known = {*judged["model"], ALPACA_REFERENCE}
+    for llm in llms:
+        if llm not in known:
+            raise DataError(unknown_name("LLM", llm, known) + " Choose LLMs that were judged.")
+    left_out = Counter({AGAINST_ITSELF: int((judged["model"] == ALPACA_REFERENCE).sum())})
+    judged = judged[judged["model"] != ALPACA_REFERENCE]
+    triples = zip(judged["query_id"], judged["model"], judged["win_prob"], strict=True)
+    records = [
+        battle(str(query), readable(prompts[query]), model, ALPACA_REFERENCE, win_prob)
+        for query, model, win_prob in triples
+    ]
+    by_llm = {llm: rows.set_index("query_id")["win_prob"] for llm, rows in judged.groupby("model")}
+    for a, b in combinations([llm for llm in llms if llm != ALPACA_REFERENCE], 2):
+        first, second = by_llm[a].align(by_llm[b], join="inner")
+        odds_a, odds_b = (_odds(side.to_numpy()) for side in (first, second))
+        records += [
+            battle(str(query), readable(prompts[query]), a, b, float(share))
+            for query, share in zip(first.index, odds_a / (odds_a + odds_b), strict=True)
+        ]
+    return Preferences(battle_table(records, source="judge", dataset=str(path)), +left_out)
+
+
+def response_preferences(
+    queries: Snapshot, scores: Snapshot, llms: Sequence[str], metric: str
+) -> Preferences:
+    """Return battles between each two of ``llms`` from the scores of their responses.
+
+    a_wins is the probability that a response of a scores higher than one of b, over all pairs of
+    samples, a tie counting half; the qualities are the means over samples. A query is left out for
+    two LLMs when one of them lacks samples there that it has elsewhere, as it is for labels.
+    Raises DataError for an LLM that has no score under the metric.
+    """
+    asked = {row["query_key"]: row for row in queries.read().to_pylist()}
+    qualities = _qualities(scores, list(asked), llms, metric)
+    records: list[dict[str, Any]] = []
+    left_out = 0
+    for a, b in combinations(llms, 2):
+        complete = ~(np.isnan(qualities[a]).any(axis=1) | np.isnan(qualities[b]).any(axis=1))
+        left_out += int((~complete).sum())
+        first, second = qualities[a][complete], qualities[b][complete]
+        keys = [key for key, whole in zip(asked, complete, strict=True) if whole]
+        figures = (win_probability(first, second), first.mean(axis=1), second.mean(axis=1))
+        for key, a_wins, a_quality, b_quality in zip(
+            keys, *(column.tolist() for column in figures), strict=True
+        ):
+            query = asked[key]
+            record = battle(query["query_id"], query["text"], a, b, a_wins)
+            record |= {"a_quality": a_quality, "b_quality": b_quality, "domain": query["domain"]}
+            records.append(record)
+    reasons = {"a sample without a score": left_out} if left_out else {}
+    dataset = f"scores {metric}"
+    return Preferences(battle_table(records, source="responses", dataset=dataset), reasons)
+
+
+def win_probability(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return, for each row, how often a value of ``first`` is larger than one of ``second``, (n,).
+
+    first: (n, S); second: (n, L). All S · L pairs count, equal values half.
+
+    >>> win_probability(np.array([[1.0, 2.0]]), np.array([[1.0]]))
+    array([0.75])
+    """
+    wins = np.zeros(len(first))
+    for column in range(first.shape[1]):  # (n, S, L) at once would be large
+        wins += np.sign(first[:, column : column + 1] - second).sum(axis=1)
+    return 0.5 + 0.5 * wins / (first.shape[1] * second.shape[1])
+
+
+def _qualities(
+    scores: Snapshot, keys: Sequence[str], llms: Sequence[str], metric: str
+) -> dict[str, np.ndarray]:
+    """Return each LLM's scores, (queries, its samples), NaN where there is none."""
+    table = scores.read()
+    if metric not in (known := set(table["metric"].unique().to_pylist())):
+        raise DataError(unknown_name("quality metric", metric, known) + " Choose a scored one.")
+    table = table.filter(pc.equal(table["metric"], metric))
+    known = set(table["llm"].unique().to_pylist())
+    found = {}
+    for llm in llms:
+        if llm not in known:
+            raise DataError(
+                unknown_name("LLM", llm, known)
+                + f" It has no response scored with {metric!r}. Choose LLMs that have."
+            )
+        own = table.filter(pc.equal(table["llm"], llm))
+        row = pc.index_in(own["query_key"], pa.array(keys, own["query_key"].type))
+        asked = pc.is_valid(row).to_numpy()
+        sample = own["sample_index"].to_numpy()
+        found[llm] = np.full((len(keys), int(sample.max()) + 1), np.nan)
+        at = row.filter(pc.is_valid(row)).to_numpy().astype(np.int64)
+        found[llm][at, sample[asked]] = own["value"].to_numpy()[asked]
+    return found
+
+
+def _arena_table(path: str) -> pa.Table:
+    """Return all rows and columns; they stay on disk, where `datasets` maps them from."""
+    import datasets
+
+    suffix = Path(path).suffix.lower()
+    try:
+        if suffix in FORMATS:
+            loaded = datasets.load_dataset(FORMATS[suffix], data_files=path)
+        else:
+            loaded = datasets.load_dataset(path)
+        rows = datasets.concatenate_datasets(list(loaded.values()))
+    except Exception as error:  # datasets lets through whatever hub, files and network raise
+        raise DataError(
+            f"The battles {path!r} cannot be loaded: {error.__cause__ or error}. Expected a hub "
+            "dataset, or a JSONL, CSV or Parquet file. Correct the path, or check the network."
+        ) from error
+    if rows.num_rows == 0:
+        raise DataError(f"{path} has no rows. Expected battles. Correct the path or the file.")
+    # As a whole: row by row, or a column as a list, takes seconds at Arena's size.
+    table: pa.Table = rows.with_format("arrow")[:]
+    return table
+
+
+def _equal_responses(table: pa.Table) -> list[bool]:
+    """Return for each battle whether both LLMs answered the same, as far as the table says it."""
+    sides = [table[name] for name in ("response_a", "response_b") if name in table.column_names]
+    if len(sides) < 2 or sides[0].type != sides[1].type or pa.types.is_nested(sides[0].type):
+        return [False] * table.num_rows
+    equal: list[bool] = pc.fill_null(pc.equal(*sides), False).to_pylist()
+    return equal
+
+
+def _first_turn(prompt: object) -> str:
+    """Return a conversation's first turn; an empty text where it has none."""
+    turns = prompt
+    if isinstance(prompt, str) and prompt.lstrip().startswith("["):
+        try:
+            turns = json.loads(prompt)
+        except ValueError:
+            turns = prompt  # a plain prompt that happens to begin with a bracket
+    if isinstance(turns, list):
+        turns = turns[0] if turns else ""
+    return readable(turns) if isinstance(turns, str) else ""
+
+
+def _verdict(said: Mapping[str, Any], row: int) -> str:
+    if "winner" in said:
+        if said["winner"] in WINNERS:
+            return WINNERS[said["winner"]]
+    else:
+        set_flags = [name for name, value in said.items() if value == 1]
+        others = [value for value in said.values() if value not in (0, 1)]
+        if len(set_flags) == 1 and not others:
+            return dict(zip(FLAGS, VERDICTS, strict=True))[set_flags[0]]
+    raise DataError(
+        f"Row {row} has the verdict {dict(said)}. Expected exactly one of {', '.join(FLAGS)} to be "
+        f"1, or winner to be one of {', '.join(WINNERS)}. Correct or drop the row."
+    )
+
+
+def _correctness(file: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Return a response CSV, and the names of its LLMs."""
+    try:
+        # A prompt may well be "None" or "NA"; only an empty cell is missing.
+        frame = pd.read_csv(file, keep_default_na=False, na_values=[""])
+    except (OSError, ValueError) as error:  # parser and decoding errors are ValueErrors
+        raise DataError(
+            f"{file} cannot be read: {error}. Expected a UTF-8 CSV: prompt, then a column for each "
+            "LLM. Correct the file."
+        ) from error
+    llms = [
+        str(name)
+        for name in frame.columns
+        if name != "prompt"
+        and not str(name).startswith("Unnamed:")
+        and any(isinstance(value, bool | int | float | np.number) for value in frame[name].dropna())
+    ]
+    if "prompt" not in frame.columns or len(llms) < 2:
+        raise DataError(
+            f"{file} has the columns {', '.join(map(str, frame.columns))}. Expected prompt and, "
+            "for at least two LLMs, a column of True and False. Rename or add columns."
+        )
+    for llm in llms:
+        values = pd.to_numeric(frame[llm], errors="coerce").astype(float)
+        bad = np.flatnonzero(~values.between(0, 1))
+        if len(bad):
+            raise DataError(
+                f"Row {bad[0]} of {file} has {frame[llm].iloc[bad[0]]!r} for {llm!r}. Expected "
+                "True, False or a score in [0, 1]. Correct the row, or drop the column if it is no "
+                "LLM's."
+            )
+        frame[llm] = values
+    if len(missing := np.flatnonzero(frame["prompt"].isna())):
+        raise DataError(
+            f"Row {missing[0]} of {file} has no prompt. Expected a text. Correct or drop the row."
+        )
+    frame["prompt"] = frame["prompt"].astype(str)
+    return frame, llms
+
+
+def _parquet(file: Path, columns: Sequence[str]) -> pd.DataFrame:
+    try:
+        frame = pd.read_parquet(file)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{file} cannot be read: {error}. Expected a Parquet file with {', '.join(columns)}. "
+            "Correct the path or the file."
+        ) from error
+    if missing := [name for name in columns if name not in frame.columns]:
+        raise DataError(
+            f"{file} has the columns {', '.join(map(str, frame.columns))}; {', '.join(missing)} is "
+            f"missing. Expected {', '.join(columns)}. Rename the columns."
+        )
+    return frame
+
+
+def _odds(probability: np.ndarray) -> np.ndarray:
+    certain = np.clip(probability, CERTAIN, 1 - CERTAIN)
+    return certain / (1 - certain)

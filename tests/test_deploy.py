@@ -1,0 +1,197 @@
+"""`turnout deploy` and the deployed flow, on a real Prefect server."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.client.orchestration import get_client
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from scripted_llm import ScriptedLLM, Step
+
+from conf.errors import ConfigError, EndpointError
+from conf.load import load_experiment
+from conf.schema import Experiment
+from flows import cli
+from flows.deploy import (
+    FULL_NAME,
+    PREFECT_YAML,
+    ROOT,
+    checked_schedule,
+    deploy,
+    deployed,
+    planned,
+    server,
+    start_retrain,
+)
+from flows.drift import retrained
+from flows.retrain import retrain
+
+QUERIES, SAMPLES = 60, 2
+
+
+@pytest.fixture
+def clean_server(prefect_server: None) -> Iterator[None]:
+    """The session's server, without a deployment before and after."""
+    yield
+    with server() as client:
+        found = deployed(client)
+        if found is not None:
+            client.delete_deployment(found.id)
+
+
+def experiment(**changes: Any) -> Experiment:
+    loaded = load_experiment("embedded")
+    assert isinstance(loaded, Experiment)
+    return loaded.model_copy(update=changes)
+
+
+def test_prefect_yaml_is_whole_and_holds_the_embedded_experiment() -> None:
+    plan = planned()
+    assert plan["entrypoint"] == "flows/retrain.py:retrain"
+    assert plan["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
+    (schedule,) = plan["schedules"]
+    assert checked_schedule(schedule["cron"], schedule["timezone"]).timezone == "Europe/Berlin"
+    assert Experiment.model_validate(plan["parameters"]["experiment"]) == experiment()
+    whole = yaml.safe_load(PREFECT_YAML.read_text())
+    (pull,) = whole["pull"]
+    assert list(pull) == ["prefect.deployments.steps.set_working_directory"]
+    lock = (ROOT / "requirements.lock").read_text().splitlines()
+    assert f"prefect=={whole['prefect-version']}" in lock
+
+
+def test_deploying_twice_leaves_one_deployment_as_asked_for_last(
+    clean_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = deploy(experiment(), pool="deploy-test")
+    assert (first.replaced, first.pool_created, first.pool_type) == (None, True, "process")
+    assert "prefect worker start --pool deploy-test --type process --limit 1" in (
+        first.worker_command()
+    )
+    wanted = experiment(name="other", seed=8)
+    again = deploy(wanted, cron="30 2 * * 1", timezone="UTC", pool="deploy-test")
+    assert (again.replaced, again.pool_created) == ("embedded", False)
+    assert (
+        "replaced deployment retrain/retrain of experiment other (before: embedded)"
+        in (again.lines()[0])
+    )
+    with server() as client:
+        found = deployed(client)
+        assert found is not None
+        (schedule,) = found.schedules
+        assert (schedule.schedule.cron, schedule.schedule.timezone) == ("30 2 * * 1", "UTC")  # type: ignore[union-attr]
+        assert schedule.active
+        assert found.work_pool_name == "deploy-test"
+        assert Experiment.model_validate(found.parameters["experiment"]) == wanted
+        assert found.global_concurrency_limit is not None
+        assert found.global_concurrency_limit.limit == 1
+        assert found.concurrency_options is not None
+        assert found.concurrency_options.collision_strategy == "ENQUEUE"
+        (step,) = found.pull_steps or []
+        assert step["prefect.deployments.steps.set_working_directory"] == {
+            "directory": str(tmp_path)
+        }
+        # What the scheduler does on its round. On SQLAlchemy 2.1 Prefect 3.8 cannot.
+        client._client.post(f"/deployments/{found.id}/schedule", json={}).raise_for_status()
+        due = [run for run in client.read_flow_runs() if run.deployment_id == found.id]
+        assert due
+        assert all(run.auto_scheduled for run in due)
+        # The form refuses what the settings models refuse, before anything runs.
+        bad = {"experiment": {**found.parameters["experiment"], "generation": {"samples": 0}}}
+        with pytest.raises(PrefectHTTPStatusError, match="samples"):
+            client.create_flow_run_from_deployment(found.id, parameters=bad)
+
+
+def test_the_command_says_what_it_did_and_what_comes_next(
+    clean_server: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["deploy", "--cron", "0 4 * * *", "--pool", "deploy-test", "generation.samples=3"]
+    arguments = cli.parser().parse_args(command)
+    assert arguments.command(arguments) == 0
+    said = capsys.readouterr().out
+    assert "schedule: 0 4 * * * (Europe/Berlin); one at a time: enqueue" in said
+    assert "prefect worker start --pool deploy-test" in said
+    arguments = cli.parser().parse_args([*command, "--json"])
+    assert arguments.command(arguments) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["replaced"] == "embedded"
+    assert done["next"].startswith("PREFECT_API_URL=http://")
+
+
+def test_mistakes_are_told_before_anything_is_deployed(prefect_server: None) -> None:
+    with pytest.raises(ConfigError, match=r"'0 25 \* \* \*' is no cron.*Expected minute, hour"):
+        deploy(experiment(), cron="0 25 * * *")
+    with pytest.raises(ConfigError, match=r"'Europe/Berln'. Did you mean 'Europe/Berlin'"):
+        deploy(experiment(), timezone="Europe/Berln")
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
+        pytest.raises(EndpointError, match=r"127.0.0.1:9/api does not answer.*prefect server"),
+    ):
+        deploy(experiment())
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        with pytest.raises(ConfigError, match=r"No Prefect server.*\$PREFECT_API_URL"):
+            deploy(experiment())
+        assert start_retrain(experiment()) is None
+    arguments = cli.parser().parse_args(["deploy", "--config", "routellm_paper"])
+    with pytest.raises(ConfigError, match="learns from battles"):
+        arguments.command(arguments)
+
+
+def test_drift_starts_the_deployment_of_the_same_experiment(clean_server: None) -> None:
+    assert start_retrain(experiment()) is None
+    deploy(experiment(), pool="deploy-test")
+    said = retrained(experiment())
+    assert said.startswith(f"Started {FULL_NAME} as flow run ")
+    with get_client(sync_client=True) as client:
+        (run,) = [run for run in client.read_flow_runs() if run.name in said]
+        assert run.work_pool_name == "deploy-test"
+        assert "drift" in run.tags
+    with pytest.raises(ConfigError, match=r"deployed for the experiment 'embedded'.*'other'"):
+        retrained(experiment(name="other"))
+
+
+def scripted(store: Path, urls: tuple[str, str]) -> Experiment:
+    """Return an experiment whose strong LLM reads the answer in its prompt and repeats it."""
+    templates = ("{text}", "{text} {context}")
+    llms = [
+        {"name": name, "model": name, "endpoint": {"url": url}, "template": template}
+        for name, url, template in zip(("weak", "strong"), urls, templates, strict=True)
+    ]
+    settings = {
+        "name": "scripted",
+        "store": {"directory": store},
+        "queries": {"source": "bundled", "limit": QUERIES},
+        "llms": llms,
+        "pairs": [{"weak": "weak", "strong": "strong"}],
+        "generation": {"samples": SAMPLES},
+        "quality": {"label_metric": "gold", "metrics": [{"metric": "gold_match"}]},
+        "routers": [{"router": "knn"}],
+        "evaluation": {"replicates": 200, "folds": 2},
+    }
+    return Experiment.model_validate(settings)
+
+
+@pytest.mark.slow
+def test_a_retried_run_asks_and_trains_nothing_again(
+    store_directory: Path, prefect_server: None
+) -> None:
+    # The strong LLM refuses the key once: the run fails when the weak one has answered everything.
+    with ScriptedLLM() as weak, ScriptedLLM(steps=[Step(status=401)]) as strong:
+        settings = scripted(store_directory, (weak.url, strong.url))
+        again = retrain.with_options(retries=1, retry_delay_seconds=0)
+        state = again(settings, return_state=True)
+        assert state.name == "Rejected"
+        assert weak.answers() == strong.answers() == QUERIES * SAMPLES
+        trained = {
+            path: path.stat().st_mtime_ns for path in (store_directory / "training").rglob("*.json")
+        }
+        assert trained
+        # The next night, with nothing new: nothing is asked, nothing is trained.
+        assert retrain(settings, return_state=True).name == "Rejected"
+        assert weak.answers() == strong.answers() == QUERIES * SAMPLES
+        assert trained == {path: path.stat().st_mtime_ns for path in trained}
+        assert set(trained) == set((store_directory / "training").rglob("*.json"))

@@ -1,0 +1,477 @@
+"""Promotion: aliases move together, whatever dies when; and the story of a router's life.
+
+Real stores throughout. The kills are real ones: a forked process is killed before each call by
+which it changes the registry, and what it leaves is looked at and settled by another.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pyarrow as pa
+import pytest
+from mlflow import MlflowClient
+from prefect import flow
+
+import flows.retrain
+from conf.errors import ArtifactError, ConfigError, StoreError
+from conf.load import load_experiment
+from conf.schema import Experiment, Knn, Pair, Random, Store
+from flows.promote import promote as promote_flow
+from flows.promote import registered_model
+from flows.promote import rollback as rollback_flow
+from flows.retrain import outcome
+from router_models.controls import RandomRouter
+from router_models.training_data import Comparisons
+from tasks import promotion, tracking
+from tasks.controls import Training
+from tasks.evaluation import compare_routers
+from tasks.gate import Check, Receipt
+from tasks.labelling import RatedQueries
+from tasks.promotion import NOTE, Aliases, aliases, carry_out, promote, rollback
+from tasks.registry import CHALLENGER, ROOT, judge, register_router
+from tasks.reporting import Leaderboard, PairReport, RunReport
+from tasks.training import train_router
+from tasks.warehouse import Warehouse
+
+MODEL = "small--large"
+
+
+@pytest.fixture(scope="session")
+def three_versions(tmp_path_factory: pytest.TempPathFactory, empty_mlflow_database: Path) -> Path:
+    """A store with three versions of a router, none of them champion; to be copied."""
+    directory = tmp_path_factory.mktemp("registry")
+    shutil.copy(empty_mlflow_database, directory / "mlflow.db")
+    battles = Comparisons.from_win_rates(["a"], np.array([0.5]), weak="small", strong="large")
+    RandomRouter(Random()).fit(battles, seed=1).save(directory / "router")
+    mlflow.pyfunc.save_model(
+        directory / "model",
+        python_model=ROOT / "serving" / "router_model.py",
+        artifacts={"router": str(directory / "router")},
+        code_paths=[str(ROOT / "conf"), str(ROOT / "router_models")],
+        pip_requirements=["mlflow"],
+    )
+    client = tracking.client(Store(directory=directory))
+    client.create_registered_model(MODEL)
+    for verdict in ("passed", "passed", "rejected"):
+        tags = {"gate": verdict, "gate.failed": "APGR above chance"}
+        client.create_model_version(MODEL, str(directory / "model"), tags=tags)
+    return directory
+
+
+@pytest.fixture
+def store(three_versions: Path, tmp_path: Path) -> Store:
+    """A store of its own with three versions; the model's files are shared."""
+    (tmp_path / "own").mkdir()
+    shutil.copy(three_versions / "mlflow.db", tmp_path / "own" / "mlflow.db")
+    return Store(directory=tmp_path / "own")
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Take every version for one that answers; a clean process for each would take minutes."""
+    asked: list[str] = []
+    monkeypatch.setattr(promotion, "smoke_test", lambda store, uri: asked.append(uri))
+    return asked
+
+
+def experiment(store: Store) -> Experiment:
+    loaded = load_experiment(overrides=(f"store.directory={store.directory}",))
+    pair = Pair(weak="small", strong="large")
+    llms = [
+        loaded.llms[0].model_copy(update={"name": "small"}),
+        loaded.llms[1].model_copy(update={"name": "large"}),
+    ]
+    return loaded.model_copy(update={"pairs": (pair,), "llms": tuple(llms)})
+
+
+def pending(store: Store) -> bool:
+    return NOTE in MlflowClient(store.mlflow_uri()).get_registered_model(MODEL).tags
+
+
+def test_a_promotion_moves_all_aliases_and_says_why(store: Store, answering: list[str]) -> None:
+    assert promote(store, MODEL, "1", why="first") == Aliases(MODEL, champion="1")
+    tracking.client(store).set_registered_model_alias(MODEL, CHALLENGER, "2")
+    assert promote(store, MODEL, "2", why="better") == Aliases(MODEL, "2", "1", None)
+    assert aliases(store, MODEL) == Aliases(MODEL, "2", "1", None)
+    assert answering[-2:] == [f"models:/{MODEL}/2", f"models:/{MODEL}@champion"]
+    tags = tracking.client(store).get_model_version(MODEL, "2").tags
+    assert (tags["promotion.why"], tags["promotion.instead_of"]) == ("better", "1")
+    assert not pending(store)
+
+
+def test_promoting_the_champion_changes_nothing(store: Store, answering: list[str]) -> None:
+    promote(store, MODEL, "1", why="first")
+    promote(store, MODEL, "2", why="better")
+    assert promote(store, MODEL, "2", why="again") == Aliases(MODEL, "2", "1")
+
+
+def test_rollback_swaps_and_swaps_back(store: Store, answering: list[str]) -> None:
+    promote(store, MODEL, "1", why="first")
+    with pytest.raises(StoreError, match="champion 1 and previous None"):
+        rollback(store, MODEL)
+    promote(store, MODEL, "2", why="better")
+    assert rollback(store, MODEL) == aliases(store, MODEL) == Aliases(MODEL, "1", "2")
+    assert rollback(store, MODEL) == Aliases(MODEL, "2", "1")
+
+
+def test_a_version_that_fails_before_moves_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(store: Store, uri: str) -> None:
+        raise ArtifactError(f"{uri} is broken")
+
+    monkeypatch.setattr(promotion, "smoke_test", fails)
+    with pytest.raises(ArtifactError, match="/1 is broken"):
+        promote(store, MODEL, "1", why="first")
+    assert aliases(store, MODEL) == Aliases(MODEL)
+
+
+def test_a_champion_that_fails_after_is_undone(
+    store: Store, answering: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(store, MODEL, "1", why="first")
+    promote(store, MODEL, "2", why="better")
+    tracking.client(store).set_registered_model_alias(MODEL, CHALLENGER, "3")
+    before = aliases(store, MODEL)
+
+    def fails(store: Store, uri: str) -> None:
+        if uri.endswith("@champion"):
+            raise ArtifactError(f"{uri} is broken")
+
+    monkeypatch.setattr(promotion, "smoke_test", fails)
+    with pytest.raises(ArtifactError, match="@champion is broken"):
+        promote(store, MODEL, "3", why="better")
+    assert aliases(store, MODEL) == before == Aliases(MODEL, "2", "1", "3")
+    assert not pending(store)
+
+
+def test_one_promotion_at_a_time(store: Store, answering: list[str]) -> None:
+    promote(store, MODEL, "1", why="first")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        process = f"{os.uname().nodename} {other.pid} {tracking._started(other.pid)}"
+        before = aliases(store, MODEL)
+        note = promotion.Note(before, before.promoted("2"), "better", process, "now")
+        tracking.client(store).set_registered_model_tag(MODEL, NOTE, note.to_json())
+        with pytest.raises(StoreError, match="Version 2 of small--large is being made"):
+            promote(store, MODEL, "3", why="better")
+        other.kill()
+    assert promote(store, MODEL, "3", why="better") == Aliases(MODEL, "3", "1")
+
+
+def test_the_smoke_test_loads_and_asks_in_a_clean_process(store: Store) -> None:
+    assert promote(store, MODEL, "1", why="first").champion == "1"
+    tracking.client(store).create_model_version(MODEL, str(store.directory / "nothing"))
+    with pytest.raises(ArtifactError, match=f"models:/{MODEL}/4 does not load"):
+        promote(store, MODEL, "4", why="better")
+    assert aliases(store, MODEL) == Aliases(MODEL, champion="1")
+
+
+KILLED = '''
+import json, os, signal, sys
+from pathlib import Path
+import mlflow
+from conf.schema import Store
+from tasks import promotion
+from tasks.registry import champion
+
+promotion.smoke_test = lambda store, uri: None
+CALLS = [
+    "set_registered_model_tag", "set_registered_model_alias", "delete_registered_model_alias",
+    "set_model_version_tag", "delete_registered_model_tag",
+]
+template, work, action = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+
+def act(store):
+    if action == "promote":
+        promotion.promote(store, "small--large", "3", why="better")
+    else:
+        promotion.rollback(store, "small--large")
+
+def dies_at(call):
+    """Kill this process before the given change of the registry, counted over all of them.
+
+    Reads change nothing, so that is as good as after the change before it.
+    """
+    done = iter(range(10**6))
+    def dying(method):
+        def wrapped(*args, **kwargs):
+            if next(done) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return method(*args, **kwargs)
+        return wrapped
+    for name in CALLS:
+        setattr(mlflow.MlflowClient, name, dying(getattr(mlflow.MlflowClient, name)))
+
+def in_a_process(run):
+    """Return how a process of its own that does ``run`` ended, and what that returned."""
+    reads, writes = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writes, json.dumps(run()).encode())
+        os._exit(0)
+    os.close(writes)
+    _, status = os.waitpid(pid, 0)
+    with os.fdopen(reads) as answer:
+        text = answer.read()
+    return os.waitstatus_to_exitcode(status), json.loads(text) if text else None
+
+def look(store):
+    found = promotion.aliases(store, "small--large")
+    return [found.champion, found.previous, found.challenger]
+
+# The first use of MLflow is slow. Its connection is to a file that nobody else uses.
+(work / "warm").mkdir()
+(work / "warm" / "mlflow.db").write_bytes((template / "mlflow.db").read_bytes())
+look(Store(directory=work / "warm"))
+
+call, ended, seen = 0, -9, []
+while ended == -9:
+    directory = work / str(call)
+    directory.mkdir()
+    (directory / "mlflow.db").write_bytes((template / "mlflow.db").read_bytes())
+    store = Store(directory=directory)
+
+    def killed():
+        dies_at(call)
+        act(store)
+
+    def goes_on():
+        left = look(store)
+        settled = promotion.settle(store, "small--large")
+        between = look(store)
+        if between[0] != ("3" if action == "promote" else "1"):
+            act(store)
+        return [left, settled, between, look(store), promotion.settle(store, "small--large")]
+
+    ended, _ = in_a_process(killed)
+    if ended == -9:
+        code, result = in_a_process(goes_on)
+        assert code == 0, code
+        seen.append(result)
+    call += 1
+assert ended == 0, ended
+print(json.dumps({"calls": call - 1, "seen": seen}))
+'''
+
+
+@pytest.mark.parametrize(
+    ("action", "before", "after", "calls"),
+    [
+        ("promote", ["2", "1", "3"], ["3", "2", None], 8),
+        ("rollback", ["2", "1", "3"], ["1", "2", "3"], 7),
+    ],
+)
+def test_killed_at_every_step_one_champion_remains_and_the_next_run_goes_on(
+    store: Store,
+    answering: list[str],
+    tmp_path: Path,
+    action: str,
+    before: list[str],
+    after: list[str | None],
+    calls: int,
+) -> None:
+    promote(store, MODEL, "1", why="first")
+    promote(store, MODEL, "2", why="better")
+    tracking.client(store).set_registered_model_alias(MODEL, CHALLENGER, "3")
+    (tmp_path / "work").mkdir()
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    done = subprocess.run(
+        [sys.executable, str(script), str(store.directory), str(tmp_path / "work"), action],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["calls"] == calls
+    assert len(found["seen"]) == calls
+    outcomes = [settled for _, settled, *_ in found["seen"]]
+    assert set(outcomes) == {"nothing", "undone", "finished"}
+    for left, settled, between, in_the_end, again in found["seen"]:
+        assert left[0] in (before[0], after[0])
+        assert between == (after if left[0] == after[0] else before), settled
+        assert in_the_end == after
+        assert again == "nothing"
+
+
+def test_by_hand_needs_a_passed_gate_or_a_reason(
+    store: Store, answering: list[str], prefect_server: None
+) -> None:
+    mine = experiment(store)
+    assert promote_flow(mine, "1").champion == "1"
+    with pytest.raises(ConfigError, match="rejected for: APGR above chance"):
+        promote_flow(mine, "3")
+    with pytest.raises(ConfigError, match="reason for --force is empty"):
+        promote_flow(mine, "3", force=" ")
+    with pytest.raises(ConfigError, match=r"Unknown version '30'\. Did you mean '3'"):
+        promote_flow(mine, "30")
+    assert promote_flow(mine, "3", force="the test set is old") == Aliases(MODEL, "3", "1")
+    tags = tracking.client(store).get_model_version(MODEL, "3").tags
+    assert tags["promotion.why"] == "forced (rejected by the gate): the test set is old"
+    assert rollback_flow(mine) == Aliases(MODEL, "1", "3")
+
+
+def test_the_pair_is_named_where_there_are_several(store: Store) -> None:
+    mine = experiment(store)
+    two = mine.model_copy(update={"pairs": (*mine.pairs, Pair(weak="large", strong="small"))})
+    assert registered_model(mine, None) == registered_model(two, MODEL) == MODEL
+    with pytest.raises(ConfigError, match="has 2 pairs: small--large, large--small"):
+        registered_model(two, None)
+    with pytest.raises(ConfigError, match="Did you mean 'small--large'"):
+        registered_model(two, "small-large")
+
+
+def test_a_retrained_state_says_what_came_of_it(
+    store: Store, prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = RunReport("run", Leaderboard("gold", (), {}), (paired("1", passed=True),))
+    state = outcome(report)
+    assert (state.name, state.is_completed()) == ("Promoted", True)
+    assert state.message == "small--large version 1: promoted"
+    report = RunReport("run", Leaderboard("gold", (), {}), (paired("2", passed=False),))
+    state = outcome(report)
+    assert (state.name, state.is_completed()) == ("Rejected", True)
+    assert state.message == "small--large version 2: rejected: too slow"
+    monkeypatch.setattr(flows.retrain, "pipeline", lambda experiment: report)
+    assert flows.retrain.retrain(experiment(store)) == report
+
+
+def paired(version: str, *, passed: bool) -> PairReport:
+    checks = (Check("latency within budget", "1 ms", "9 ms", passed, complaint="too slow"),)
+    receipt = Receipt(MODEL, version, "knn", "gold", "abc", 300, checks)
+    return PairReport(
+        pair=Pair(weak="small", strong="large"),
+        t=0.0,
+        degenerate=False,
+        queries=300,
+        unlabelled=0,
+        out_of_fold=False,
+        metric="gold",
+        best="knn",
+        estimates={},
+        gap={},
+        receipt=receipt,
+    )
+
+
+KNN = Knn(neighbours=(1, 5, 10), temperatures=(0.05,), prior_counts=(1.0,))
+EASY, HARD = "What is the capital of", "Prove by induction a theorem about"
+
+
+def queries(*, right: float, leak: bool = False) -> pa.Table:
+    """Return 130 queries to train on and 120 to test on, half of them hard.
+
+    ``right`` is the share of training queries whose outcome is what the query deserves; ``leak``
+    puts 110 of the test queries, with their outcomes, into the training data.
+    """
+    rng = np.random.default_rng(3)
+    names = [f"{first}{second}" for first in "BDFGKLMNPRSTV" for second in ("ar", "el", "in", "ox")]
+    texts = [
+        f"{HARD if number % 2 else EASY} {names[number % 52]}{names[number // 5]}"
+        for number in range(250)
+    ]
+    hard = np.arange(250) % 2 == 1
+    hard[:130] ^= rng.uniform(size=130) > right
+    weak = np.where(hard, 0.2, 0.8) + rng.normal(0, 0.05, 250)
+    table = pa.table(
+        {
+            "query_key": [f"key-{number}" for number in range(250)],
+            "query_id": [f"{number:03}" for number in range(250)],
+            "text": texts,
+            "domain": ["any"] * 250,
+            "split": ["train"] * 110 + ["validation"] * 20 + ["test"] * 120,
+            "weak_quality": weak,
+            "strong_quality": 0.85 + rng.normal(0, 0.05, 250),
+            "probabilistic": np.clip(weak, 0, 1),
+        }
+    )
+    if leak:
+        copied = table.slice(130, 110)
+        for position, name in enumerate(("query_key", "query_id")):
+            renamed = pa.array([f"copy-{number}" for number in range(110)])
+            copied = copied.set_column(position, name, renamed)
+        copied = copied.set_column(4, "split", pa.array(["train"] * 110))
+        table = pa.concat_tables([copied, table.slice(110)]).sort_by("query_id")
+    return table
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_life_of_a_router(
+    store_directory: Path, answering: list[str], prefect_server: None
+) -> None:
+    """Promoted; the same again, rejected; with a leak, rejected; better, promoted; rolled back."""
+    mine = experiment(Store(directory=store_directory))
+    mine = mine.model_copy(
+        update={
+            "evaluation": mine.evaluation.model_copy(
+                update={"min_test_queries": 100, "replicates": 500}
+            ),
+            "gate": mine.gate.model_copy(update={"max_latency_ms": 5_000.0}),
+        }
+    )
+    store = mine.store
+
+    @flow
+    def retrained(right: float, leak: bool = False) -> Receipt:
+        pair = mine.pairs[0]
+        labels = Warehouse(store.directory).write_snapshot(
+            "labels", queries(right=right, leak=leak)
+        )
+        rated = RatedQueries(pair, labels)
+        with tracking.parent_run(mine) as run:
+            trained = [
+                train_router(store, rated, KNN, evaluation=mine.evaluation, seed=1, parent_id=run)
+            ]
+            comparison = compare_routers(
+                *(store, rated, trained, None),
+                metric="gold",
+                settings=mine.evaluation,
+                seed=1,
+                parent_id=run,
+            )
+            training = Training(store, rated, mine.evaluation, 1, run)
+            version = register_router(store, comparison, trained[0], training)
+            receipt = judge(mine, comparison, trained, version, training)
+            carry_out(store, version, receipt)
+        return receipt
+
+    first = retrained(0.75)
+    assert first.summary() == "promoted", first.to_markdown()
+    assert aliases(store, MODEL) == Aliases(MODEL, champion="1")
+
+    again = retrained(0.75)
+    assert again.version == "1"
+    assert again.summary() == "rejected: not better than champion", again.to_markdown()
+    client = tracking.client(store)
+    assert client.get_model_version(MODEL, "1").tags["gate"] == "passed"
+
+    leaked = retrained(0.75, leak=True)
+    assert "chance on shuffled outcomes" in leaked.failures(), leaked.to_markdown()
+    assert "no test prompt in training" in leaked.failures()
+    assert aliases(store, MODEL).champion == "1"
+
+    better = retrained(1.0)
+    assert better.summary() == "promoted", better.to_markdown()
+    assert aliases(store, MODEL) == Aliases(MODEL, better.version, "1")
+    tags = client.get_model_version(MODEL, better.version).tags
+    assert {
+        "config_digest",
+        "data_digest",
+        "git_revision",
+        "test_digest",
+        "promotion.at",
+    } <= tags.keys()
+    run_id = str(client.get_model_version(MODEL, better.version).run_id)
+    logged = {item.path for item in client.list_artifacts(run_id, "gate")}
+    assert logged == {"gate/receipt.json", "gate/receipt.md", "gate/comparison.png"}
+
+    assert rollback_flow(mine).champion == "1"
