@@ -409,22 +409,22 @@ class KernelRidge(RouterKind):
     router: Literal["kernel_ridge"] = "kernel_ridge"
     name: str = "kernel-ridge"
     labels: Literal["deterministic", "probabilistic", "transformed"] = "probabilistic"
-    encoders: tuple[str, ...] = Field(
-        default=("smollm2-135m@18", "smollm2-135m@30:last"), min_length=1
-    )
+    encoders: tuple[str, ...] = Field(default=("smollm2-135m@18",), min_length=1)
     """Views of a query, each an encoder: `minilm`, a folder, a hub name; `@18` cuts off layers."""
-    weights: tuple[Annotated[float, Field(gt=0)], ...] = (0.8, 0.2)
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
     """How much each view counts."""
     encoder_cache: Path | None = None
     """Folder where computed embeddings are kept between runs."""
     gammas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        default=(0.25, 0.5, 1.0, 2.0, 4.0), min_length=1
+        default=(0.5, 1.0, 2.0, 4.0), min_length=1
     )
-    """Candidates for the kernel's γ; those with the best leave-one-out error are taken."""
+    """Candidates for the kernel's γ; the one with the best leave-one-out error is taken."""
     ridges: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        default=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0), min_length=1
+        default=(0.25, 0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0), min_length=1
     )
-    """Candidates for the penalty λ."""
+    """Candidates for the penalty λ, chosen likewise."""
+    max_queries: PositiveInt = 10_000
+    """Of more training queries, so many are drawn: time grows with their cube."""
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> "KernelRidge":

@@ -367,7 +367,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
-    from tasks.comparison_report import console_rows
+    from tasks.comparison_tables import console_rows
 
     console = Console(highlight=False)
     title = f"{found.pair.weak} or {found.pair.strong}: {len(found.weak)} queries by {found.metric}"
@@ -382,6 +382,8 @@ def compare_command(arguments: argparse.Namespace) -> int:
         console.print(f"The report is in {arguments.report}.")
     if arguments.open:
         console.print(url, soft_wrap=True)
+        if not url.startswith(experiment.store.mlflow_uri()):
+            console.print("`turnout ui` serves that page.")
     return 0
 
 

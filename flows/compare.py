@@ -7,7 +7,7 @@ nothing, so there is nothing to retry or to look up later, and it should answer 
 from collections.abc import Sequence
 from pathlib import Path
 
-from conf.schema import Experiment, PreferenceExperiment
+from conf.schema import AnyExperiment
 from tasks import tracking
 from tasks.comparison_report import write_report
 from tasks.judged_runs import champion_run, judged_run, last_run, named_run, parent_of
@@ -15,7 +15,7 @@ from tasks.run_comparison import RunComparison, compare_runs
 
 
 def compare(
-    experiment: Experiment | PreferenceExperiment,
+    experiment: AnyExperiment,
     asked: Sequence[str] = (),
     *,
     pair: str | None = None,
@@ -40,7 +40,7 @@ def compare(
     return found
 
 
-def compare_url(experiment: Experiment | PreferenceExperiment, found: RunComparison) -> str:
+def compare_url(experiment: AnyExperiment, found: RunComparison) -> str:
     """Return MLflow's page on which the compared routers' runs stand side by side."""
     ids = [run_id for one in found.contenders for run_id in one.run_ids]
     return tracking.compare_url(experiment.store, ids)

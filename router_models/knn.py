@@ -81,12 +81,12 @@ class KnnRouter:
         directory: Path | None = None,
         on_progress: Progress | None = None,
     ) -> Self:
-        """Embed the training queries and choose k, T and c; validation, seed are not needed.
+        """Embed the training queries and choose k, T and c; validation is learnt from too.
 
         Raises DataError when no chain of battles links the routed pair, ArtifactError for an
         unusable encoder.
         """
-        battles = connected_battles(train)
+        battles = connected_battles(train.joined(validation))
         others = {*battles.llm_a, *battles.llm_b} - {train.strong, train.weak}
         llms = [train.strong, train.weak, *sorted(others)]
         distinct, shares = _shares_by_prompt(battles, llms)

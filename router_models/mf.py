@@ -42,8 +42,8 @@ class MatrixFactorizationRouter:
     embeddings in training, and in training only; its length is in units of the embedding's own.
     Source: arXiv 2406.18665, equations 9 and 10; the loss is binary cross-entropy.
     Requirements: battles that link the routed pair, through other LLMs too.
-    Relations: `sw_ranking` keeps the battles and weighs them for each query; `knn` needs battles
-    of the routed pair itself.
+    Relations: `sw_ranking` keeps the battles and weighs them for each query; `knn` does so with
+    those of its neighbours only.
 
     >>> MatrixFactorizationRouter(MatrixFactorization(name="example")).config.dimension
     128

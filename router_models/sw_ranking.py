@@ -81,10 +81,11 @@ class SimilarityWeightedRouter:
         directory: Path | None = None,
         on_progress: Progress | None = None,
     ) -> Self:
-        """Group the LLMs into tiers and count; validation and seed are not needed.
+        """Group the LLMs into tiers and count; validation is counted too.
 
         Raises DataError when no chain of battles links the routed pair.
         """
+        train = train.joined(validation)
         tiers = llm_tiers(train, self.config.tiers)
         encoder = load_encoder(self.config.encoder, cache=self.config.encoder_cache)
         prompts, wins = _wins_between_tiers(connected_battles(train), tiers)

@@ -126,8 +126,8 @@ def _describe(store: Store, comparison: Comparison) -> None:
             "turnout.test_digest": comparison.test_digest,
             "turnout.evaluated": evaluated,
             tracking.NOTE_TAG: f"`{name}` between {comparison.pair.weak} (weak) and "
-            f"{comparison.pair.strong} (strong), on {evaluated} by {comparison.metric}.\n\n{found}; "
-            "0.5 is chance.",
+            f"{comparison.pair.strong} (strong), on {evaluated} by {comparison.metric}.\n\n"
+            f"{found}; 0.5 is chance.",
         }
         tracking.set_tags(store, run_id, tags)
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from conf.schema import AnyExperiment, Benchmark, Store
+from conf.schema import AnyExperiment, Benchmark, Pair, Store
 from tasks.warehouse import Snapshot
 
 if TYPE_CHECKING:
@@ -30,17 +30,31 @@ PAIR_TAG = "turnout.pair"
 CHAMPION_TAG = "turnout.champion"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
-# What MLflow's page of the experiment says. Without the kind it greets with pages for LLM traces.
+# What MLflow's page of the experiment says, and the view of its runs that its "Views" offer: a tag
+# in which MLflow's own pages keep such views (name, times in ms, state as JSON).
 NOTE_TAG = "mlflow.note.content"
-KIND_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+UI_MODE = "workflowType=machine_learning"  # else MLflow shows its pages for LLM applications
+VIEW = "turnout-routers"
+VIEW_COLUMNS = (
+    *(f"tags.`turnout.{name}`" for name in ("champion", "pair", "evaluated")),
+    *(f"metrics.`{name}`" for name in ("apgr", "apgr_low", "apgr_high", "cpt_50", "cpt_80")),
+    *(f"metrics.`{name}_at_20`" for name in ("quality_drop_pct", "saved_usd_per_1000")),
+    "metrics.`latency_ms`",
+)
+VIEW_STATE = {
+    "searchFilter": f"tags.`{ROUTER_TAG}` != 'oracle'",
+    "orderByKey": "metrics.`apgr`",
+    "orderByAsc": False,
+    "selectedColumns": VIEW_COLUMNS,
+    "columnOrder": VIEW_COLUMNS,
+}
 EXPERIMENT_NOTE = """\
 Each run is one `turnout run`, `retrain` or `benchmark`; under it (⊞) stands one run for each router
 and control of each pair. All of them have the same metric names, so any of them can be compared.
 
-- **Columns worth showing**: tags `turnout.champion`, `turnout.router`, `turnout.pair`, \
-`turnout.evaluated`; metrics `apgr`, `apgr_low`, `apgr_high`, `cpt_50`, `saved_usd_per_1000_at_20`.
-- **Best first**: sort by `apgr`. Only runs with equal `turnout.test_digest` were judged on the \
-same queries; `turnout compare` puts others on the queries they share.
+- **All routers, best first**: the view *Routers, best first* under Views. Only runs with equal \
+`turnout.test_digest` were judged on the same queries; `turnout compare` puts others on the \
+queries they share, and with `--open` prints the address of MLflow's own comparison.
 - **The champion** is the run with a tag `turnout.champion`, and the alias `champion` of the \
 pair's registered model; the version's description is the gate's receipt.
 - **In a run**: its artifacts hold, for each pair, `comparison.html`, the figures, and `win_rates` \
@@ -86,7 +100,7 @@ def experiment_id(store: Store) -> str:
         mlflow_client.create_experiment(
             store.experiment,
             artifact_location=location,
-            tags={**KIND_TAGS, NOTE_TAG: EXPERIMENT_NOTE},
+            tags=_experiment_tags(),
         )
     )
 
@@ -95,35 +109,50 @@ def describe_experiment(store: Store) -> None:
     """Describe an experiment that has no description yet; a user's own words are kept."""
     mlflow_client, experiment = client(store), experiment_id(store)
     tags = mlflow_client.get_experiment(experiment).tags
-    for key, value in {**KIND_TAGS, NOTE_TAG: EXPERIMENT_NOTE}.items():
+    for key, value in _experiment_tags().items():
         if not tags.get(key):
             mlflow_client.set_experiment_tag(experiment, key, value)
+
+
+def _experiment_tags() -> dict[str, str]:
+    now = int(time.time() * 1000)
+    view = {"name": "Routers, best first", "createdAt": now, "updatedAt": now}
+    return {
+        NOTE_TAG: EXPERIMENT_NOTE,
+        f"mlflow.sharedViewState.{VIEW}": json.dumps({**view, "state": json.dumps(VIEW_STATE)}),
+    }
 
 
 def mark_champion(store: Store, model: str, run_id: str | None) -> None:
     """Put the champion's tag on the router's run it came from, and take it off every other.
 
     ``run_id`` is that of the champion's version; None where there is no champion any more. The
-    tag's value is the registered model, so that pairs do not take each other's mark away. A run
+    tag's value names the registered model, so that pairs do not take each other's mark away. A run
     that was deleted is not marked: a mark must never stop a promotion.
     """
     from mlflow.exceptions import MlflowException
 
-    mlflow_client = client(store)
+    mlflow_client, mark = client(store), f"★ {model}"
     marked = mlflow_client.search_runs(
-        [experiment_id(store)], f"tags.`{CHAMPION_TAG}` = '{model}'", max_results=1000
+        [experiment_id(store)], f"tags.`{CHAMPION_TAG}` = '{mark}'", max_results=1000
     )
     for run in marked:
         if run.info.run_id != run_id:
             mlflow_client.delete_tag(run.info.run_id, CHAMPION_TAG)
     if run_id is not None:
         with suppress(MlflowException):
-            mlflow_client.set_tag(run_id, CHAMPION_TAG, model)
+            mlflow_client.set_tag(run_id, CHAMPION_TAG, mark)
 
 
 def run_url(store: Store, run_id: str) -> str:
     """Return where MLflow's UI shows a run: its server, or the one that `turnout ui` starts."""
-    return f"{_ui(store)}/#/experiments/{experiment_id(store)}/runs/{run_id}"
+    return f"{_ui(store)}/#/experiments/{experiment_id(store)}/runs/{run_id}?{UI_MODE}"
+
+
+def routers_url(store: Store) -> str:
+    """Return MLflow's list of all routers' runs, the best first, with the columns that matter."""
+    page = f"{_ui(store)}/#/experiments/{experiment_id(store)}/runs"
+    return f"{page}?viewStateShareKey={VIEW}&{UI_MODE}"
 
 
 def compare_url(store: Store, run_ids: Sequence[str]) -> str:
@@ -132,7 +161,7 @@ def compare_url(store: Store, run_ids: Sequence[str]) -> str:
     query = "&".join(
         f"{name}={quote(json.dumps(ids, separators=(',', ':')))}" for name, ids in lists.items()
     )
-    return f"{_ui(store)}/#/compare-runs?{query}"
+    return f"{_ui(store)}/#/compare-runs?{query}&{UI_MODE}"
 
 
 def _ui(store: Store) -> str:

@@ -436,7 +436,13 @@ def test_the_key_is_sent_and_written_nowhere(
 
 def test_tokens_and_money(warehouse: Warehouse) -> None:
     prices = Prices(input_usd_per_million=1.0, output_usd_per_million=10.0)
-    with ScriptedLLM(answer=lambda _, k: "word " * (k + 1)) as server:
+    seeds: list[int] = []
+
+    def longer_each_time(_: str, seed: int) -> str:
+        seeds.append(seed)
+        return "word " * len(seeds)
+
+    with ScriptedLLM(answer=longer_each_time) as server:
         report = generate(warehouse, queries(warehouse, "one two"), llm(server.url, prices=prices))
     usage = server.log[0].body["usage"]
     stored = rows(warehouse)
