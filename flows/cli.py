@@ -1,6 +1,8 @@
-"""The command line: `turnout run`, `turnout ui`, `turnout doctor`.
+"""The command line: its parser first, then one function for each command.
 
-Heavy imports are made by the command that needs them, so that `turnout --help` answers at once.
+A long file: a command is an entry in the parser and a function that calls a flow and prints what
+came of it, and both are looked for in one place. Heavy imports are made by the command that needs
+them, so that `turnout --help` answers at once.
 """
 
 import argparse
@@ -15,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from conf.errors import ConfigError, TurnoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
+    from collections.abc import Callable, Sequence
 
     from rich.console import Console
 
@@ -45,7 +46,7 @@ ENVIRONMENT = {
 
 def main() -> None:
     """Run the command line; exit code 1 for an error with a message, 2 for wrong usage."""
-    arguments = parser().parse_args()
+    arguments = parsed(sys.argv[1:])
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     code = 1
@@ -65,6 +66,16 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
         print("turnout: stopped. What was received is kept; run again to go on.", file=sys.stderr)
+
+
+def parsed(words: "Sequence[str]") -> argparse.Namespace:
+    """Return the command and its options; `key=value` may stand anywhere among them."""
+    top = parser()
+    arguments, others = top.parse_known_args(words)
+    if any(word.startswith("-") or "=" not in word for word in others):
+        top.error(f"unrecognized arguments: {' '.join(others)}")
+    arguments.overrides = [*arguments.overrides, *others]
+    return arguments
 
 
 def parser() -> argparse.ArgumentParser:
@@ -203,11 +214,8 @@ def _add_benchmark(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     sub.add_argument("--figure", type=Path, help="also write the cost-quality figure to this PNG")
     sub.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     sub.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
+        "overrides",
+        nargs="*",
         metavar="key=value",
         help="settings, such as routers.mf.noise=0.5, evaluation.replicates=500, store.directory=X",
     )
@@ -298,7 +306,7 @@ def drift_command(arguments: argparse.Namespace) -> int:
         false_alarm_rate=arguments.false_alarm_rate,
         smallest_shift=arguments.smallest_shift,
     )
-    report = _of_either(drift)(experiment, request)
+    report = drift(experiment, request)
     if not arguments.json:
         from rich.console import Console
 
@@ -331,14 +339,6 @@ def rollback_command(arguments: argparse.Namespace) -> int:
     from flows.promote import rollback
 
     return _show_aliases(arguments, rollback(experiment, arguments.pair))
-
-
-def _of_either(flow: Any) -> Any:
-    """Return a flow that takes either kind of experiment: it uses only what both have.
-
-    The settings were validated when they were read.
-    """
-    return flow.with_options(validate_parameters=False)
 
 
 def _show_aliases(arguments: argparse.Namespace, found: "Aliases") -> int:

@@ -6,14 +6,14 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from conf.errors import ConfigError
-from conf.schema import Experiment
+from conf.schema import AnyExperiment, Experiment
 from flows.deploy import FULL_NAME, start_retrain
 from tasks.calibration_data import logged_router
 from tasks.drift import DriftReport, DriftRequest, measure_drift
 
 
 @flow(name="drift", flow_run_name="drift of {request.router}", validate_parameters=True)
-def drift(experiment: Experiment, request: DriftRequest) -> DriftReport:
+def drift(experiment: AnyExperiment, request: DriftRequest) -> DriftReport:
     """Compare recent queries with those of the router's own run."""
     store = experiment.store
     # A router of the last finished run, or the promoted one.

@@ -250,14 +250,24 @@ def _finish(store: Store, note: Note) -> None:
     }
     for key, value in tags.items():
         client.set_model_version_tag(model, str(note.after.champion), key, value)
+    _mark(store, note.after)
     client.delete_registered_model_tag(model, NOTE)
 
 
 def _undo(store: Store, note: Note) -> None:
     """Put the aliases back, the champion first, and take the note away if it is there."""
     _set(store, note.before, (CHAMPION, PREVIOUS, CHALLENGER))
+    _mark(store, note.before)
     if _pending(store, note.before.model) is not None:
         tracking.client(store).delete_registered_model_tag(note.before.model, NOTE)
+
+
+def _mark(store: Store, wanted: Aliases) -> None:
+    """Show the champion in MLflow's list of runs."""
+    found = None
+    if wanted.champion is not None:
+        found = tracking.client(store).get_model_version(wanted.model, wanted.champion).run_id
+    tracking.mark_champion(store, wanted.model, found)
 
 
 def _set(store: Store, wanted: Aliases, order: tuple[str, ...]) -> None:

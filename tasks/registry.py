@@ -283,7 +283,9 @@ def _tag(
     }
     for key, value in tags.items():
         client.set_model_version_tag(version.model, version.version, key, value)
-    client.update_model_version(version.model, version.version, receipt.to_markdown())
+    # MLflow's list of versions shows the first words only: the outcome comes first.
+    page = f"**{receipt.summary()}**: {receipt.router}\n\n{receipt.to_markdown()}"
+    client.update_model_version(version.model, version.version, page)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from conf.load import load_experiment
-from flows.cli import parser
+from flows.cli import parsed
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -25,7 +25,7 @@ def test_every_block_is_of_a_kind_that_is_checked() -> None:
 @pytest.mark.parametrize("line", TURNOUT)
 def test_commands_parse_and_name_real_settings(line: str) -> None:
     words = shlex.split(line.split(">")[0], comments=True)
-    arguments = parser().parse_args(words[1:])
+    arguments = parsed(words[1:])
     assert load_experiment(arguments.config, tuple(arguments.overrides))
 
 
