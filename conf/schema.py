@@ -415,14 +415,12 @@ class KernelRidge(RouterKind):
     """How much each view counts."""
     encoder_cache: Path | None = None
     """Folder where computed embeddings are kept between runs."""
-    gammas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        default=(0.5, 1.0, 2.0, 4.0), min_length=1
-    )
-    """Candidates for the kernel's γ; the one with the best leave-one-out error is taken."""
+    gamma: float = Field(default=2.0, gt=0)
+    """Of the kernel exp(−γ |x − z|²) between vectors of length 1."""
     ridges: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         default=(0.25, 0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0), min_length=1
     )
-    """Candidates for the penalty λ, chosen likewise."""
+    """Candidates for the penalty λ; the one with the best leave-one-out error is taken."""
     max_queries: PositiveInt = 10_000
     """Of more training queries, so many are drawn: time grows with their cube."""
 

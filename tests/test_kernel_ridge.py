@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LINES = (ROOT / "data" / "geography.jsonl").read_text(encoding="utf-8").splitlines()
 PROMPTS = [json.loads(line)["text"] for line in LINES[::7]][:64]
 HARD = np.array(["river" in prompt or "capital" in prompt for prompt in PROMPTS])
-QUICK = KernelRidge(encoders=("minilm",), weights=(1.0,), gammas=(0.5, 2.0), ridges=(0.5, 4.0))
+QUICK = KernelRidge(encoders=("minilm",), weights=(1.0,), gamma=0.5, ridges=(0.5, 4.0))
 
 
 def labelled(prompts: list[str], win_rate: np.ndarray) -> Comparisons:
@@ -62,7 +62,7 @@ def test_the_win_rate_is_the_plain_solution() -> None:
     standard = (vectors - train.mean(axis=0)) / scales
     standard /= np.linalg.norm(standard, axis=1, keepdims=True)
     distance = ((standard[:, None] - standard[None]) ** 2).sum(axis=2)
-    kernel = np.exp(-router.gamma_ * distance)
+    kernel = np.exp(-QUICK.gamma * distance)
     target = win_rate[:48] - win_rate[:48].mean()
     solved = np.linalg.solve(kernel[:48, :48] + router.ridge_ * np.eye(48), target)
     expected = np.clip(win_rate[:48].mean() + kernel[48:, :48] @ solved, 0, 1)
@@ -92,7 +92,7 @@ def test_a_second_view_changes_the_win_rates_by_its_weight() -> None:
 
     def win_rate(*weights: float) -> np.ndarray:
         views = ("minilm", "minilm@2")[: len(weights)]
-        fixed = KernelRidge(encoders=views, weights=weights, gammas=(1.0,), ridges=(1.0,))
+        fixed = KernelRidge(encoders=views, weights=weights, gamma=1.0, ridges=(1.0,))
         return KernelRidgeRouter(fixed).fit(data, seed=0).win_rate(PROMPTS[48:])
 
     alone = win_rate(1.0)

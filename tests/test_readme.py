@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.load import load_experiment
+from conf.load import load_benchmark, load_experiment
 from flows.cli import parsed
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +26,11 @@ def test_every_block_is_of_a_kind_that_is_checked() -> None:
 def test_commands_parse_and_name_real_settings(line: str) -> None:
     words = shlex.split(line.split(">")[0], comments=True)
     arguments = parsed(words[1:])
-    assert load_experiment(arguments.config, tuple(arguments.overrides))
+    if words[1] == "benchmark":
+        kinds, folder = arguments.routers.split(","), {"directory": arguments.directory}
+        assert load_benchmark(kinds, folder, tuple(arguments.overrides))
+    else:
+        assert load_experiment(arguments.config, tuple(arguments.overrides))
 
 
 @pytest.mark.parametrize("line", MAKE)
