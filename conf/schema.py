@@ -758,7 +758,7 @@ class Gate(Settings):
     """How often a candidate as good as the champion may replace it, with a margin of 0."""
     min_champion_queries: PositiveInt = 30
     """Fewest queries, new to both, on which candidate and champion are compared."""
-    max_latency_ms: float = Field(default=100.0, gt=0)
+    max_latency_ms: float = Field(default=250.0, gt=0)
     """Longest median time for the win rate of one query."""
     reproduce_tolerance: float = Field(default=1e-5, gt=0)
     """Largest difference between logged and registered win rates."""

@@ -116,7 +116,7 @@ def test_a_margin_lets_more_through() -> None:
     assert gate.promotes(gain, Gate(margin=0.02))
 
 
-@pytest.mark.parametrize(("latency_ms", "passed"), [(100.0, True), (100.1, False), (NAN, False)])
+@pytest.mark.parametrize(("latency_ms", "passed"), [(250.0, True), (250.1, False), (NAN, False)])
 def test_latency_is_held_to_its_budget(latency_ms: float, passed: bool) -> None:
     assert gate.fast_enough(latency_ms, Gate()).passed is passed
 
