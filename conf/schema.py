@@ -785,12 +785,7 @@ class Benchmark(Settings):
 
     @model_validator(mode="after")
     def _distinct(self) -> "Benchmark":
-        names = [router.name for router in self.routers]
-        if not names or len(set(names)) != len(names):
-            raise ConfigError(
-                f"The routers to compare are {names}. Expected at least one, with different names. "
-                "Name others."
-            )
+        check_router_names(self.routers)
         return self
 
 

@@ -231,7 +231,10 @@ def run_command(arguments: argparse.Namespace) -> int:
         return _run_preferences(arguments, experiment)
     from flows.pipeline import pipeline
 
-    report = pipeline(experiment)
+    return _print_run(arguments, experiment, pipeline(experiment))
+
+
+def _print_run(arguments: argparse.Namespace, experiment: "Experiment", report: "RunReport") -> int:
     if arguments.json:
         print(json.dumps(report.to_json()))
     else:
@@ -259,12 +262,7 @@ def retrain_command(arguments: argparse.Namespace) -> int:
         return _run_preferences(arguments, experiment)
     from flows.retrain import retrain
 
-    report = retrain(experiment)
-    if arguments.json:
-        print(json.dumps(report.to_json()))
-    else:
-        _show(experiment, report)
-    return 0
+    return _print_run(arguments, experiment, retrain(experiment))
 
 
 def deploy_command(arguments: argparse.Namespace) -> int:
@@ -596,7 +594,7 @@ def _show(experiment: "Experiment", report: "RunReport") -> None:
     """Print the leaderboard, each pair's comparison and verdict, and what to do next."""
     from rich.console import Console
 
-    from tasks.reporting import shown
+    from tasks.reporting import pool_rows, shown
 
     console = Console()
     board = report.leaderboard
@@ -611,6 +609,8 @@ def _show(experiment: "Experiment", report: "RunReport") -> None:
         title = f"Routers between {pair.pair.weak} and {pair.pair.strong}, by {pair.metric}"
         _table(console, title, pair.rows(intervals=("apgr",)))
         _show_receipt(console, pair.receipt)
+    if report.pool is not None:
+        _table(console, "The cheapest LLM that is good enough, of all", pool_rows(report.pool))
     receipts = [pair.receipt for pair in report.pairs]
     _show_next(console, Path(experiment.store.directory), report.run_id, receipts)
 

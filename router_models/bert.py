@@ -24,7 +24,7 @@ from router_models.lightning_loop import (
     History,
     Progress,
     TokenBatches,
-    decaying,
+    encoder_and_head,
     scoring_device,
     train,
 )
@@ -181,22 +181,12 @@ class BertRouter:
             ids, shares = data[1]
             return cross_entropy(_verdicts(network, ids), shares)
 
-        def weight_groups() -> list[dict[str, Any]]:
-            rates = {"encoder": settings.learning_rate, "head": settings.head_learning_rate}
-            return [
-                group
-                for part, rate in rates.items()
-                for group in decaying(
-                    network[part].parameters(), rate=rate, weight_decay=settings.weight_decay
-                )
-            ]
-
         return train(
             network,
             TokenBatches(*data[0], size=settings.batch_size, padding=padding, seed=seed),
             loss=loss,
             validation_loss=validation_loss if data[1:] else None,
-            weight_groups=weight_groups,
+            weight_groups=lambda: encoder_and_head(network, settings),
             settings=settings,
             name=self.config.name,
             checkpoint=f"bert-{training_digest(network, data, self.config, seed)}",

@@ -27,7 +27,7 @@ from router_models.lightning_loop import (
     History,
     Progress,
     TokenBatches,
-    decaying,
+    encoder_and_head,
     scoring_device,
     train,
 )
@@ -179,22 +179,12 @@ class HybridRouter:
             ids, labels = data[1]
             return _loss(_win_rates(network, ids), labels)
 
-        def weight_groups() -> list[dict[str, Any]]:
-            rates = {"encoder": settings.learning_rate, "head": settings.head_learning_rate}
-            return [
-                group
-                for part, rate in rates.items()
-                for group in decaying(
-                    network[part].parameters(), rate=rate, weight_decay=settings.weight_decay
-                )
-            ]
-
         return train(
             network,
             TokenBatches(*data[0], size=settings.batch_size, padding=padding, seed=seed),
             loss=loss,
             validation_loss=validation_loss if data[1:] else None,
-            weight_groups=weight_groups,
+            weight_groups=lambda: encoder_and_head(network, settings),
             settings=settings,
             name=self.config.name,
             checkpoint=f"hybrid-{training_digest(network, data, self.config, seed)}",

@@ -106,6 +106,18 @@ def train(
     return list(module.history)
 
 
+def encoder_and_head(network: Any, settings: Trainer) -> list[dict[str, Any]]:
+    """Return the weight groups of a ModuleDict of `encoder` and `head`, each at its own rate."""
+    rates = {"encoder": settings.learning_rate, "head": settings.head_learning_rate}
+    return [
+        group
+        for part, rate in rates.items()
+        for group in decaying(
+            network[part].parameters(), rate=rate, weight_decay=settings.weight_decay
+        )
+    ]
+
+
 def decaying(weights: Any, *, rate: float, weight_decay: float) -> list[dict[str, Any]]:
     """Return AdamW's groups of the trained ``weights``: biases and norms do not decay."""
     trained = [weight for weight in weights if weight.requires_grad]

@@ -202,9 +202,7 @@ class BenchmarkReport:
                     for figure, heading in (("fit_seconds", "fit s"), ("latency_ms", "ms"))
                 },
             }
-            for name in sorted(
-                estimates, key=lambda name: -np.nan_to_num(estimates[name]["apgr"].value)
-            )
+            for name in sorted(estimates, key=apgr, reverse=True)
         ]
 
     def to_json(self) -> dict[str, Any]:

@@ -422,9 +422,9 @@ def publish_pool(experiment: Experiment, report: PoolReport, run_id: str) -> Non
         create_markdown_artifact(key="pool", markdown=page, description="All LLMs")
 
 
-def pool_page(report: PoolReport) -> str:
-    """Return single LLMs and pool policies side by side as Markdown."""
-    rows = [
+def pool_rows(report: PoolReport) -> list[dict[str, str]]:
+    """Return one row of text for each single LLM and each pool policy."""
+    return [
         {
             "choice": f"all {single.llm}",
             report.metric: shown(single.quality),
@@ -443,11 +443,16 @@ def pool_page(report: PoolReport) -> str:
         }
         for routed in report.routers
     ]
+
+
+def pool_page(report: PoolReport) -> str:
+    """Return single LLMs and pool policies side by side as Markdown."""
     how = "out-of-fold over all queries" if report.out_of_fold else "on the held-out test split"
     free = not any(single.cost_usd_per_1000 for single in report.singles)
     return (
         f"## All LLMs\n\n{report.queries} queries, {how}; for each the cheapest LLM whose expected "
-        f"quality is within {report.margin:g} of the best one's.\n\n{markdown_table(rows)}\n"
+        f"quality is within {report.margin:g} of the best one's.\n\n"
+        f"{markdown_table(pool_rows(report))}\n"
         "over single: quality above the best single LLM that is not dearer. over mix: above the "
         "best coin toss between two LLMs at the same mean cost, which needs no router.\n"
         + ("\nNo LLM has a price, so cost decides nothing: set llms.prices.\n" if free else "")
