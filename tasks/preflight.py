@@ -26,7 +26,7 @@ from conf.schema import (
     PreferenceSource,
     QualityMetric,
 )
-from router_models.encoders import check_encoder
+from router_models.encoders import PACKAGED, check_encoder
 from router_models.packaged import smollm2_gguf
 from tasks.endpoints import api_key, weights_file
 from tasks.generation import missing_requests, prompt_table, rendered_prompts
@@ -37,7 +37,6 @@ from tasks.warehouse import Snapshot, Warehouse
 
 # More characters than a token has in any ordinary text: what is too long even so is so for sure.
 CHARACTERS_PER_TOKEN = 8
-PACKAGED = ("minilm", "smollm2-135m")
 EXAMPLES = 3  # query ids that an error message quotes
 
 
