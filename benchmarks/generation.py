@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from conf.llms import LLM, Generation
 from conf.load import load_experiment
-from conf.schema import LLM, Experiment, Generation
+from conf.schema import Experiment
 from tasks.endpoints import serving_endpoint
 from tasks.generation import generate_responses, rendered_prompts
 from tasks.queries import ingest_queries

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from conf.errors import ConfigError, DataError, TurnoutError, unknown_name
-from conf.schema import Knn, MatrixFactorization, SimilarityWeighted
+from conf.routers import Knn, MatrixFactorization, SimilarityWeighted
 from router_models.catalog import build_router
 from router_models.pool import PoolOutcome, expected_quality, pool_outcomes
 from router_models.statistics import Estimate, mean_interval

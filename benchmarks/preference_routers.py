@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from conf.schema import MatrixFactorization, SimilarityWeighted
+from conf.routers import MatrixFactorization, SimilarityWeighted
 from router_models.encoders import load_encoder
 from router_models.mf import MatrixFactorizationRouter
 from router_models.persistence import VectorCache

@@ -149,7 +149,7 @@ def unseen_win_rates(prompts: Sequence[str], needed: FloatArray, *, seed: int = 
 
     needed: (N,) 1 where the strong LLM was better.
     """
-    from conf.schema import Knn
+    from conf.routers import Knn
     from router_models.knn import KnnRouter
     from router_models.training_data import Comparisons
 

@@ -28,7 +28,8 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 
-from conf.schema import LLM, Endpoint, Generation, GoldMatch, Labels, Pair, Queries
+from conf.llms import LLM, Endpoint, Generation, Pair
+from conf.schema import GoldMatch, Labels, Queries
 from tasks import scoring
 from tasks.generation import collect_responses, missing_requests, prompt_table
 from tasks.journal import SCHEMA, open_journal, recover_journals

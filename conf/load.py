@@ -220,7 +220,7 @@ def _readable(error: ValidationError, where: str) -> str:
     return (
         f"{len(lines)} setting(s) in {where} cannot be used:\n  "
         + "\n  ".join(lines)
-        + "\nExpected the settings that conf/schema.py describes. Correct them and run again."
+        + "\nExpected the settings that the models in conf describe. Correct them and run again."
     )
 
 

@@ -13,16 +13,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from conf.errors import TurnoutError
-from conf.schema import (
-    LLM,
-    BartScore,
-    BenchmarkFolder,
-    Experiment,
-    PreferenceExperiment,
-    Preferences,
-    PreferenceSource,
-    QualityMetric,
-)
+from conf.llms import LLM
+from conf.preferences import Preferences, PreferenceSource
+from conf.schema import BartScore, BenchmarkFolder, Experiment, PreferenceExperiment, QualityMetric
 
 if TYPE_CHECKING:
     from tasks.warehouse import Snapshot

@@ -6,7 +6,8 @@ references (an immutable Parquet snapshot and its digest, an MLflow run id), nev
 
 from prefect import flow
 
-from conf.schema import Experiment, Pair
+from conf.llms import Pair
+from conf.schema import Experiment
 from tasks.controls import Training
 from tasks.evaluation import compare_routers
 from tasks.generation import collect_responses, generate_responses

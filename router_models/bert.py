@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from conf.schema import Bert
+from conf.routers import Bert
 from router_models.encoders import (
     ENCODER_FOLDER,
     equal_length_batches,

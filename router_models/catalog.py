@@ -1,4 +1,4 @@
-"""Which routers there are. A new one is one file, its settings in conf/schema.py, one line here."""
+"""Which routers there are. A new one: one file, its settings in conf/routers.py, a line here."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +61,7 @@ ROUTERS: dict[str, Any] = {
 
 
 def build_router(config: Any) -> Router:
-    """Return the untrained router that ``config`` (one of conf.schema's router settings) asks for.
+    """Return the untrained router that ``config`` (one of conf.routers' settings) asks for.
 
     >>> from conf.schema import Random
     >>> type(build_router(Random())).__name__

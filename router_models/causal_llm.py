@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from conf.errors import ArtifactError, ConfigError
-from conf.schema import CausalLLM
+from conf.routers import CausalLLM
 from router_models.bert import cross_entropy, verdict_shares, win_rate_of
 from router_models.encoders import (
     CHARACTERS_PER_TOKEN,

@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from conf.schema import Length, Random
+from conf.routers import Length, Random
 from router_models.persistence import not_fitted, read_state, settings_json, write_state
 from router_models.training_data import Comparisons
 

@@ -12,7 +12,8 @@ from typing import Any, Self
 import numpy as np
 
 from conf.errors import ConfigError
-from conf.schema import Hybrid, Settings
+from conf.routers import Hybrid
+from conf.settings import Settings
 from router_models.encoders import (
     ENCODER_FOLDER,
     equal_length_batches,

@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 from scipy.linalg import eigh
 
-from conf.schema import KernelRidge
+from conf.routers import KernelRidge
 from router_models.encoders import (
     ENCODER_FOLDER,
     Encoder,

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from conf.errors import ConfigError, unknown_name
-from conf.schema import Knn
+from conf.routers import Knn
 from router_models.encoders import (
     ENCODER_FOLDER,
     Encoder,

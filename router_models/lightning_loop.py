@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from conf.errors import ConfigError
-from conf.schema import Trainer
+from conf.routers import Trainer
 
 History = list[dict[str, float | None]]
 Progress = Callable[[int, int], None]

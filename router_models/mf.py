@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from conf.errors import ConfigError, DataError, unknown_name
-from conf.schema import MatrixFactorization
+from conf.routers import MatrixFactorization
 from router_models.encoders import (
     ENCODER_FOLDER,
     Encoder,

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from conf.errors import ConfigError, unknown_name
-from conf.schema import SimilarityWeighted
+from conf.routers import SimilarityWeighted
 from router_models.encoders import (
     ENCODER_FOLDER,
     Encoder,

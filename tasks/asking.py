@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from conf.errors import BudgetError, EndpointError, TurnoutError
-from conf.schema import LLM, Generation
+from conf.llms import LLM, Generation
 from tasks.client import Client, PermanentFailure, Reply, TransientFailure
 from tasks.endpoints import ServedEndpoint
 from tasks.journal import Row

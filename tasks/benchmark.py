@@ -22,8 +22,9 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
 
 from conf.errors import DataError, unknown_name
+from conf.llms import Pair
 from conf.load import config_digest
-from conf.schema import Benchmark, Evaluation, Pair, PreferenceExperiment, Store
+from conf.schema import Benchmark, Evaluation, PreferenceExperiment, Store
 from router_models.statistics import bootstrap_metrics
 from router_models.training_data import same_prompt
 from tasks import tracking

@@ -18,7 +18,8 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from conf.errors import ArtifactError, ConfigError, DataError, StoreError, unknown_name
-from conf.schema import Pair, Store
+from conf.llms import Pair
+from conf.schema import Store
 from router_models.catalog import load_router
 from router_models.packaged import file_digest
 from serving.score import win_rates_in_clean_process

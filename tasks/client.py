@@ -22,7 +22,7 @@ import httpx2 as httpx  # what openai is built on
 import openai
 
 from conf.errors import EndpointError
-from conf.schema import LLM
+from conf.llms import LLM
 from tasks.endpoints import ServedEndpoint
 
 RETRIED = {408, 409, 425, 429}

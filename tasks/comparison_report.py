@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.errors import StoreError
-from conf.schema import Evaluation, Pair, Store
+from conf.llms import Pair
+from conf.schema import Evaluation, Store
 from tasks import tracking
 from tasks.comparison_tables import (
     cell,

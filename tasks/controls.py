@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from conf.schema import Evaluation, Knn, Store
-from conf.schema import Router as RouterSettings
+from conf.routers import Knn
+from conf.routers import Router as RouterSettings
+from conf.schema import Evaluation, Store
 from router_models.statistics import Bootstrap, bootstrap_metrics
 from router_models.training_data import same_prompt
 from serving.score import win_rates_in_clean_process

@@ -17,7 +17,8 @@ from prefect import task
 from pydantic import Field, PositiveInt
 
 from conf.errors import ArtifactError, DataError
-from conf.schema import Settings, Store
+from conf.schema import Store
+from conf.settings import Settings
 from router_models.drift import (
     TwoSample,
     energy_test,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from conf.errors import ArtifactError, ConfigError, EndpointError
-from conf.schema import LLM
+from conf.llms import LLM
 from router_models.packaged import file_digest, gemma_gguf, smollm2_gguf
 from tasks import llama_server
 

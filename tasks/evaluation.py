@@ -8,8 +8,9 @@ import pyarrow as pa
 from prefect import task
 
 from conf.errors import DataError
+from conf.llms import Pair
 from conf.load import config_digest
-from conf.schema import Evaluation, Pair, Store
+from conf.schema import Evaluation, Store
 from router_models.frontier import Frontier, RankedQueries, oracle_win_rate
 from router_models.statistics import (
     Bootstrap,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from conf.schema import Pair
+from conf.llms import Pair
 from router_models.calibration import reliability
 from router_models.frontier import RankedQueries, cost_quality_curve
 from router_models.statistics import Estimate, resamples

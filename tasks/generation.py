@@ -19,8 +19,8 @@ import pyarrow as pa
 from prefect import task
 
 from conf.errors import DataError
+from conf.llms import LLM, Generation
 from conf.load import config_digest
-from conf.schema import LLM, Generation
 from tasks.asking import Asking, Request
 from tasks.endpoints import model_identity, serving_endpoint
 from tasks.journal import open_journal, recover_journals

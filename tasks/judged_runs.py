@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from conf.errors import ArtifactError, ConfigError, StoreError, unknown_name
-from conf.schema import Pair, Store
+from conf.llms import Pair
+from conf.schema import Store
 from tasks import tracking
 from tasks.controls import CONTROL_TAG
 from tasks.gate import Check, Receipt

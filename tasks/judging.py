@@ -15,8 +15,9 @@ from typing import Any
 import pyarrow as pa
 
 from conf.errors import DataError
+from conf.llms import Generation, Pair
 from conf.load import config_digest
-from conf.schema import Generation, Judge, Pair
+from conf.preferences import Judge
 from tasks.generation import collect_responses, generate_responses
 from tasks.preferences import battle, battle_table
 from tasks.queries import SCHEMA as QUERY_SCHEMA

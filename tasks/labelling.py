@@ -11,8 +11,9 @@ import pyarrow as pa
 from prefect import task
 
 from conf.errors import DataError
+from conf.llms import Pair
 from conf.load import config_digest
-from conf.schema import Labels, Pair
+from conf.schema import Labels
 from router_models.relaxation import (
     Relaxation,
     deterministic_labels,

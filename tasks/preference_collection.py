@@ -18,9 +18,11 @@ import pyarrow.compute as pc
 from prefect import task
 
 from conf.errors import ConfigError, DataError
-from conf.schema import Experiment, Generation, Pair, PreferenceSource
-from conf.schema import Preferences as PreferenceSettings
-from conf.schema import Router as RouterSettings
+from conf.llms import Generation, Pair
+from conf.preferences import Preferences as PreferenceSettings
+from conf.preferences import PreferenceSource
+from conf.routers import Router as RouterSettings
+from conf.schema import Experiment
 from tasks.judging import judge_answers
 from tasks.preference_sources import Layout, preferences, response_preferences
 from tasks.preferences import AGAINST_ITSELF, Source, other_prompts, pair_battles

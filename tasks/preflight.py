@@ -15,15 +15,14 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from conf.errors import ArtifactError, ConfigError, DataError, EndpointError, TurnoutError
+from conf.llms import LLM
+from conf.preferences import Preferences, PreferenceSource
 from conf.schema import (
-    LLM,
     BartScore,
     BenchmarkFolder,
     Experiment,
     GoldMatch,
     PreferenceExperiment,
-    Preferences,
-    PreferenceSource,
     QualityMetric,
 )
 from router_models.encoders import PACKAGED, check_encoder

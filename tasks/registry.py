@@ -17,8 +17,8 @@ from prefect import task
 
 from conf.errors import ArtifactError
 from conf.load import config_digest
+from conf.routers import Router as RouterSettings
 from conf.schema import AnyExperiment, Gate, Store
-from conf.schema import Router as RouterSettings
 from router_models.statistics import Estimate, bootstrap_metrics
 from serving.score import win_rates_in_clean_process
 from tasks import controls, gate, tracking

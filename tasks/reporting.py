@@ -16,7 +16,8 @@ from prefect.artifacts import (
 )
 from prefect.context import FlowRunContext
 
-from conf.schema import LLM, Experiment, GoldMatch, Pair, Store
+from conf.llms import LLM, Pair
+from conf.schema import Experiment, GoldMatch, Store
 from router_models.statistics import Estimate, auc_interval, mean_interval
 from tasks import tracking
 from tasks.comparison_report import log_report

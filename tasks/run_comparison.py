@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from conf.errors import ConfigError, DataError
+from conf.llms import Pair
 from conf.load import config_digest
-from conf.schema import Evaluation, Pair, Store
+from conf.schema import Evaluation, Store
 from router_models.statistics import Estimate, bootstrap_metrics
 from tasks.evaluation import CONTROLS, COST_COLUMNS, ORACLE, saved_usd_per_1000
 from tasks.gate import Receipt

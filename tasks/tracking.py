@@ -16,7 +16,8 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from conf.schema import AnyExperiment, Benchmark, Pair, Store
+from conf.llms import Pair
+from conf.schema import AnyExperiment, Benchmark, Store
 from tasks.warehouse import Snapshot
 
 if TYPE_CHECKING:

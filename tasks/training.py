@@ -22,8 +22,8 @@ from prefect import task
 
 from conf.errors import DataError, StoreError
 from conf.load import config_digest
+from conf.routers import Router as RouterSettings
 from conf.schema import Evaluation, Store
-from conf.schema import Router as RouterSettings
 from router_models.catalog import Router, build_router
 from router_models.encoders import encoder_fingerprint
 from router_models.training_data import Comparisons, same_prompt

@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from conf.llms import Pair
 from conf.load import load_experiment
-from conf.schema import Experiment, Pair
+from conf.schema import Experiment
 from tasks import gate, tracking
 from tasks.gate import Check, Receipt
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_hybrid import RECORDS, ROOT, area_under_curve, data, save_tiny_encoder
 
 from conf.errors import ArtifactError, ConfigError
-from conf.schema import Bert, Trainer
+from conf.routers import Bert, Trainer
 from router_models.bert import BertRouter, cross_entropy, verdict_shares, win_rate_of
 from router_models.training_data import Comparisons
 

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 
 from conf.errors import ArtifactError, ConfigError, DataError, StoreError, TurnoutError
+from conf.llms import Pair
 from conf.load import load_experiment
-from conf.schema import Experiment, Length, Pair, Random, Store, ThresholdRequest
+from conf.routers import Length, Random
+from conf.schema import Experiment, Store, ThresholdRequest
 from flows import cli
 from flows.calibrate import calibrate, threshold_request
 from router_models.calibration import threshold_naive, threshold_with_guarantee

@@ -14,7 +14,7 @@ import torch
 from test_hybrid import RECORDS, ROOT, area_under_curve, data
 
 from conf.errors import ArtifactError, ConfigError
-from conf.schema import CausalLLM, Trainer
+from conf.routers import CausalLLM, Trainer
 from router_models import causal_llm
 from router_models.causal_llm import CausalLLMRouter
 from router_models.encoders import quiet_transformers

@@ -17,7 +17,8 @@ from test_calibrate import PAIR, register
 
 from conf.errors import ConfigError, DataError
 from conf.load import load_experiment
-from conf.schema import Experiment, Length
+from conf.routers import Length
+from conf.schema import Experiment
 from flows import cli
 from flows.drift import drift, drift_request
 from router_models.catalog import build_router

@@ -14,8 +14,8 @@ import pytest
 from test_generation import generate, queries, rows
 
 from conf.errors import ArtifactError, ConfigError, EndpointError
+from conf.llms import LLM, Endpoint, Limits
 from conf.load import load_experiment
-from conf.schema import LLM, Endpoint, Limits
 from tasks.endpoints import NO_KEY, ServedEndpoint, model_identity, serving_endpoint
 from tasks.warehouse import Warehouse
 

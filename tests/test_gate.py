@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from prefect import flow
 
 from conf.errors import ConfigError
+from conf.llms import Pair
 from conf.load import GATE, load_experiment
-from conf.schema import Evaluation, Gate, Knn, Pair, Store
+from conf.routers import Knn
+from conf.schema import Evaluation, Gate, Store
 from router_models.frontier import apgr as exact_apgr
 from router_models.statistics import Estimate, Interval
 from tasks import controls, gate, tracking

@@ -19,7 +19,7 @@ import pytest
 from scripted_llm import ScriptedLLM, Step
 
 from conf.errors import BudgetError, ConfigError, DataError, EndpointError, TurnoutError
-from conf.schema import LLM, Decoding, Endpoint, Generation, Limits, Prices
+from conf.llms import LLM, Decoding, Endpoint, Generation, Limits, Prices
 from tasks import journal
 from tasks.asking import request_seed
 from tasks.generation import (

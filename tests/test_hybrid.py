@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conf.errors import ArtifactError, ConfigError
-from conf.schema import Hybrid, Trainer
+from conf.routers import Hybrid, Trainer
 from router_models import hybrid
 from router_models.hybrid import HybridRouter
 from router_models.lightning_loop import TokenBatches

@@ -17,18 +17,8 @@ from pydantic import ValidationError
 from scripted_llm import ScriptedLLM, Step
 
 from conf.errors import BudgetError, ConfigError, DataError, EndpointError
-from conf.schema import (
-    LLM,
-    Decoding,
-    Endpoint,
-    Generation,
-    Judge,
-    Limits,
-    Pair,
-    Preferences,
-    PreferenceSource,
-    Prices,
-)
+from conf.llms import LLM, Decoding, Endpoint, Generation, Limits, Pair, Prices
+from conf.preferences import Judge, Preferences, PreferenceSource
 from tasks.judging import (
     DISAGREED,
     FAILED,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.linalg import eigh
 
 from conf.errors import ConfigError, DataError
-from conf.schema import KernelRidge
+from conf.routers import KernelRidge
 from router_models.encoders import load_encoder
 from router_models.kernel_ridge import KernelRidgeRouter, _kernel, _leave_one_out_errors
 from router_models.training_data import Comparisons

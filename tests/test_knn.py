@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.errors import ConfigError
-from conf.schema import Knn
+from conf.routers import Knn
 from router_models.knn import (
     KnnRouter,
     _best_rating_settings,

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from conf.errors import DataError
-from conf.schema import Labels, Pair
+from conf.llms import Pair
+from conf.schema import Labels
 from router_models.relaxation import optimal_relaxation, transformed_labels
 from tasks.labelling import label_queries
 from tasks.warehouse import Snapshot, Warehouse

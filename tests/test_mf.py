@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conf.errors import ConfigError, DataError
-from conf.schema import MatrixFactorization, Trainer
+from conf.routers import MatrixFactorization, Trainer
 from router_models import mf
 from router_models.encoders import load_encoder
 from router_models.mf import MatrixFactorizationRouter, _Batches, _Battles

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conf.errors import ArtifactError
-from conf.schema import Random
+from conf.routers import Random
 from router_models.persistence import VectorCache, read_state, saved_kind, write_state
 
 ARRAYS: dict[str, np.ndarray] = {

@@ -13,17 +13,8 @@ from mlflow import MlflowClient
 from pydantic import ValidationError
 
 from conf.errors import ConfigError, DataError
-from conf.schema import (
-    Evaluation,
-    Experiment,
-    Knn,
-    Length,
-    MatrixFactorization,
-    Pool,
-    SimilarityWeighted,
-    Store,
-    Trainer,
-)
+from conf.routers import Knn, Length, MatrixFactorization, SimilarityWeighted, Trainer
+from conf.schema import Evaluation, Experiment, Pool, Store
 from router_models.catalog import build_router
 from router_models.pool import (
     PoolPolicy,

@@ -11,7 +11,8 @@ import pytest
 from scripted_llm import ScriptedLLM
 
 from conf.errors import BudgetError, ConfigError, DataError
-from conf.schema import Generation, Pair, Preferences
+from conf.llms import Generation, Pair
+from conf.preferences import Preferences
 from tasks.preference_collection import (
     HELD_OUT,
     CollectedPreferences,

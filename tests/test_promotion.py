@@ -20,8 +20,10 @@ from prefect import flow
 
 import flows.retrain
 from conf.errors import ArtifactError, ConfigError, StoreError
+from conf.llms import Pair
 from conf.load import load_experiment
-from conf.schema import Experiment, Knn, Pair, Random, Store
+from conf.routers import Knn, Random
+from conf.schema import Experiment, Store
 from flows.promote import promote as promote_flow
 from flows.promote import registered_model
 from flows.promote import rollback as rollback_flow

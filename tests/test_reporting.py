@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from conf.llms import Pair
 from conf.load import load_experiment
-from conf.schema import Experiment, Pair
+from conf.schema import Experiment
 from router_models.statistics import bootstrap_metrics, mean_interval
 from tasks.evaluation import Comparison
 from tasks.figures import cost_quality

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from conf.errors import ConfigError, StoreError
+from conf.llms import Pair
 from conf.load import validated
-from conf.schema import Experiment, Pair
+from conf.schema import Experiment
 from tasks import retention, tracking
 from tasks.generation import collect_responses, prompt_table
 from tasks.queries import ingest_queries

@@ -19,8 +19,10 @@ from test_causal_llm import CHAT, save_tiny_llm
 from test_hybrid import RECORDS, save_tiny_encoder
 
 from conf.errors import ConfigError, DataError
+from conf.llms import Pair
 from conf.load import EXPERIMENTS, load_experiment
-from conf.schema import Experiment, Pair, PreferenceExperiment, Router
+from conf.routers import Router
+from conf.schema import Experiment, PreferenceExperiment
 from flows import cli
 from flows.doctor import findings
 from flows.pipeline import pipeline

@@ -16,7 +16,7 @@ import pytest
 from test_causal_llm import save_tiny_llm
 
 from conf.errors import ArtifactError, ConfigError, DataError
-from conf.schema import (
+from conf.routers import (
     Bert,
     CausalLLM,
     Hybrid,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from conf.errors import ArtifactError
-from conf.schema import CausalLLM, Hybrid, Knn, Length, MatrixFactorization, Store
+from conf.routers import CausalLLM, Hybrid, Knn, Length, MatrixFactorization
+from conf.schema import Store
 from router_models.controls import LengthRouter
 from router_models.training_data import Comparisons
 from serving import score

@@ -6,8 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from conf.errors import ConfigError
+from conf.llms import LLM, Decoding, Endpoint, Pair
 from conf.load import bundled, config_digest, load_experiment
-from conf.schema import LLM, Decoding, Endpoint, Pair, Store
+from conf.schema import Store
 
 
 @pytest.mark.parametrize("name", bundled())

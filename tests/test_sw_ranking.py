@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from conf.errors import ConfigError, DataError
-from conf.schema import SimilarityWeighted
+from conf.routers import SimilarityWeighted
 from router_models import sw_ranking
 from router_models.encoders import load_encoder
 from router_models.persistence import VectorCache
