@@ -14,26 +14,17 @@ import numpy as np
 
 from conf.errors import ArtifactError, ConfigError
 from conf.routers import CausalLLM
-from router_models.bert import cross_entropy, verdict_shares, win_rate_of
+from router_models.bert import VERDICTS, win_rate_of
 from router_models.encoders import (
     CHARACTERS_PER_TOKEN,
-    equal_length_batches,
     quiet_transformers,
     save_transformer,
     token_limit,
 )
-from router_models.hybrid import training_digest
-from router_models.lightning_loop import (
-    History,
-    Progress,
-    TokenBatches,
-    decaying,
-    scoring_device,
-    train,
-)
+from router_models.fine_tuned import FineTunedRouter, Tokens
+from router_models.lightning_loop import decaying
 from router_models.packaged import dequantised_directory, file_digest, smollm2_gguf
 from router_models.persistence import not_fitted, read_state, settings_json, write_state
-from router_models.training_data import Comparisons
 
 PACKAGED = "smollm2-135m"
 ADAPTER_FOLDER = "adapter"
@@ -41,7 +32,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 MODEL_FOLDER = "model"
 
 
-class CausalLLMRouter:
+class CausalLLMRouter(FineTunedRouter):
     """Tune a causal language model to answer a question about the query with one label token.
 
     Idea: put the query into a prompt that asks whose answer will be better, and take the softmax
@@ -61,68 +52,24 @@ class CausalLLMRouter:
     ('A', 'B', 'C')
     """
 
+    kind = "causal_llm"
+    objective = VERDICTS
+
     def __init__(self, config: CausalLLM) -> None:
-        self.config = config
-        self.network_: Any = None
-        """The language model, the update merged into its weights."""
-        self.tokenizer_: Any = None
+        super().__init__(config)
+        self.prompt_: Any = None
+        """What stands around a query, and the labels' token numbers."""
         self.adapter_: dict[str, np.ndarray] = {}
         """LoRA's weights under PEFT's names, float32."""
         self.base_: dict[str, str] = {}
         """Of a packaged base, its name and sha256; else empty, and the merged weights are saved."""
-        self.history_: History = []
-        """Per epoch: epoch, train_loss, validation_loss, learning_rate."""
-
-    def fit(
-        self,
-        train: Comparisons,
-        validation: Comparisons | None = None,
-        *,
-        seed: int,
-        directory: Path | None = None,
-        on_progress: Progress | None = None,
-    ) -> Self:
-        """Train and keep the epoch with the best validation loss (without validation, the last).
-
-        directory: where a checkpoint is kept after each epoch; a training that was killed goes on
-        from it, to the same numbers, when data, settings, model and seed are the same.
-        on_progress: called with steps done and steps in all.
-        Raises DataError when the pair was never compared, ConfigError for unusable settings,
-        ArtifactError for a model that cannot be loaded.
-        """
-        import torch
-
-        parts = [part.labels() for part in (train, validation) if part is not None]
-        model, tokenizer = _language_model(self.config.model)
-        prompt = _prompt(model, tokenizer, self.config)
-        data = [
-            (prompt.token_ids(tokenizer, prompts), verdict_shares(outcomes))
-            for prompts, outcomes in parts
-        ]
-        # The caller's random state is none of our business, before and after.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = _with_lora(model, self.config).train()
-            self.history_ = self._train(
-                network,
-                data,
-                labels=list(prompt.labels),
-                padding=tokenizer.pad_token_id or 0,
-                seed=seed,
-                directory=directory,
-                on_progress=on_progress,
-            )
-        self.adapter_ = _adapter(network)
-        self.network_, self.tokenizer_ = network.merge_and_unload(), tokenizer
-        self.base_ = _packaged_base() if self.config.model == PACKAGED else {}
-        return self
 
     def win_rate(self, prompts: Sequence[str]) -> np.ndarray:
         """Return the expected share of battles that the strong LLM wins, (n,) float64 in [0, 1].
 
         A prompt's number does not depend on the others. Raises ArtifactError before `fit`.
         """
-        return win_rate_of(self.verdicts(prompts), tie_share=self.config.tie_share)
+        return win_rate_of(self.predictions(prompts), tie_share=self.config.tie_share)
 
     def save(self, directory: Path) -> None:
         """Save the adapter in PEFT's format, and the tuned model too unless its base is packaged.
@@ -166,63 +113,36 @@ class CausalLLMRouter:
             folder = str(directory / MODEL_FOLDER)
             router.network_, router.tokenizer_ = _language_model(folder)
         router.network_.eval()
+        router.prompt_ = _prompt(router.network_, router.tokenizer_, state.config)
         router.history_ = state.values["history"]
         return router
 
-    def verdicts(self, prompts: Sequence[str]) -> np.ndarray:
-        """Return the probabilities of strong wins, tie and weak wins, (n, 3) float64."""
-        if self.network_ is None:
-            raise not_fitted(self.config.name)
-        prompt = _prompt(self.network_, self.tokenizer_, self.config)
-        ids = prompt.token_ids(self.tokenizer_, prompts) if len(prompts) else []
-        self.network_.to(scoring_device(self.config.trainer))
-        return _verdicts(self.network_, ids, labels=list(prompt.labels))
+    def _pretrained(self) -> tuple[Any, Any]:
+        model, tokenizer = _language_model(self.config.model)
+        self.prompt_ = _prompt(model, tokenizer, self.config)
+        return model, tokenizer
 
-    def _train(
-        self,
-        network: Any,
-        data: list[tuple[list[list[int]], np.ndarray]],
-        *,
-        labels: list[int],
-        padding: int,
-        seed: int,
-        directory: Path | None,
-        on_progress: Progress | None,
-    ) -> History:
-        """Train in place; data: (token numbers, verdicts) of training and maybe validation."""
-        import torch
+    def _network(self, model: Any, *, mean: np.ndarray) -> Any:
+        """Return the model with LoRA; it starts from what it knows, whatever the ``mean``."""
+        return _with_lora(model, self.config).train()
 
-        settings = self.config.trainer
+    def _tokens(self, network: Any, tokenizer: Any, prompts: Sequence[str]) -> Tokens:
+        return self.prompt_.token_ids(tokenizer, prompts)
 
-        def loss(batch: Any) -> Any:
-            ids, mask, shares = batch
-            logits = _label_logits(network, ids, last=mask.sum(dim=1) - 1, labels=labels)
-            return torch.nn.functional.cross_entropy(logits.float(), shares)
+    def _logits(self, network: Any, ids: Any, mask: Any) -> Any:
+        return _label_logits(network, ids, mask, labels=list(self.prompt_.labels))
 
-        def validation_loss() -> float:
-            ids, shares = data[1]
-            return cross_entropy(_verdicts(network, ids, labels=labels), shares)
-
-        def weight_groups() -> list[dict[str, Any]]:
-            return decaying(
-                network.parameters(),
-                rate=settings.learning_rate,
-                weight_decay=settings.weight_decay,
-            )
-
-        return train(
-            network,
-            TokenBatches(*data[0], size=settings.batch_size, padding=padding, seed=seed),
-            loss=loss,
-            validation_loss=validation_loss if data[1:] else None,
-            weight_groups=weight_groups,
-            settings=settings,
-            name=self.config.name,
-            checkpoint=f"causal_llm-{training_digest(network, data, self.config, seed)}",
-            seed=seed,
-            directory=directory,
-            on_progress=on_progress,
+    def _weight_groups(self, network: Any) -> list[dict[str, Any]]:
+        trainer = self.config.trainer
+        return decaying(
+            network.parameters(), rate=trainer.learning_rate, weight_decay=trainer.weight_decay
         )
+
+    def _finished(self, network: Any) -> Any:
+        """Return the model, its update merged into its weights."""
+        self.adapter_ = _adapter(network)
+        self.base_ = _packaged_base() if self.config.model == PACKAGED else {}
+        return network.merge_and_unload()
 
 
 @dataclass(frozen=True)
@@ -311,14 +231,16 @@ def _label_ids(tokenizer: Any, config: CausalLLM) -> tuple[int, ...]:
     return labels
 
 
-def _label_logits(network: Any, ids: Any, *, last: Any, labels: list[int]) -> Any:
-    """Return the labels' logits at each row's position ``last``, (B, 3).
+def _label_logits(network: Any, ids: Any, mask: Any, *, labels: list[int]) -> Any:
+    """Return the labels' logits after each row's last token, (B, 3).
 
-    ids: (B, length), padded to the right, where a causal model does not look: no mask is needed.
+    ids: (B, length), padded to the right as ``mask`` (or None) says. A causal model does not look
+    there, and so is not given the mask.
     """
     import torch
 
     rows = torch.arange(len(ids), device=ids.device)
+    last = ids.shape[1] - 1 if mask is None else mask.sum(dim=1) - 1
 
     def only_last(head: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
         return (given[0][rows, last].unsqueeze(1),)
@@ -328,20 +250,6 @@ def _label_logits(network: Any, ids: Any, *, last: Any, labels: list[int]) -> An
     with network.get_output_embeddings().register_forward_pre_hook(only_last):
         logits = network(input_ids=ids, use_cache=False).logits
     return logits[:, 0, labels]
-
-
-def _verdicts(network: Any, ids: list[list[int]], *, labels: list[int]) -> np.ndarray:
-    import torch
-
-    network.eval()
-    verdicts = np.empty((len(ids), 3), dtype=np.float64)
-    with torch.inference_mode():
-        for rows, batch in equal_length_batches(ids):
-            tokens = torch.from_numpy(batch).to(network.device)
-            last = torch.full((len(tokens),), tokens.shape[1] - 1, device=network.device)
-            logits = _label_logits(network, tokens, last=last, labels=labels)
-            verdicts[rows] = logits.double().softmax(dim=1)[: len(rows)].cpu().numpy()
-    return verdicts
 
 
 def _language_model(name: str) -> tuple[Any, Any]:

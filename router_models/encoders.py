@@ -393,7 +393,10 @@ def token_limit(model: Any, tokenizer: Any) -> int:
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str], *, max_length: int) -> list[list[int]]:
-    """Return the token numbers of each text, special tokens included, cut to ``max_length``."""
+    """Return the token numbers of each text, special tokens included, cut to ``max_length``.
+
+    A text of which no token is left, such as the empty one, becomes one token that says nothing.
+    """
     longest = max_length * CHARACTERS_PER_TOKEN
     # JSON can carry half of a surrogate pair, which is no text that a tokenizer takes.
     readable = [text[:longest].encode("utf-8", "replace").decode("utf-8") for text in texts]
@@ -404,7 +407,15 @@ def token_ids(tokenizer: Any, texts: Sequence[str], *, max_length: int) -> list[
         return_attention_mask=False,
         return_token_type_ids=False,
     )
-    return list(found["input_ids"])
+    nothing = next(
+        (
+            token
+            for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+            if token is not None
+        ),
+        0,
+    )
+    return [list(tokens) or [nothing] for tokens in found["input_ids"]]
 
 
 def equal_length_batches(

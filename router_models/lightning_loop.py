@@ -5,8 +5,6 @@ each epoch there is a checkpoint, and a training that was killed goes on from it
 numbers; one seed gives one result; nothing is said on the terminal; a loss that is not finite is an
 error. What differs between routers comes in as functions: the loss of a batch, the loss of the
 validation part, and the groups of weights with their rates.
-
-The batches of tokens stand here too, since three of the routers train on them; hence the length.
 """
 
 import logging
@@ -14,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,9 +23,6 @@ from conf.routers import Trainer
 
 History = list[dict[str, float | None]]
 Progress = Callable[[int, int], None]
-
-# Queries are sorted by length within pools of so many batches.
-POOL_BATCHES = 32
 
 
 class Batches(Protocol):
@@ -78,6 +74,8 @@ def train(
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{checkpoint}.ckpt"
     resume = path is not None and _is_usable(path)
+    # bf16-true rounds these too, some of which are in no file (rotary frequencies): put back below.
+    frozen = dict(_frozen(network)) if settings.precision == "bf16-true" else {}
     deterministic = torch.are_deterministic_algorithms_enabled()
     with _quiet_lightning(), tempfile.TemporaryDirectory() as scratch:
         try:
@@ -100,22 +98,12 @@ def train(
     if module.best is not None:
         network.load_state_dict(module.best, strict=False)
     network.float().cpu().eval()
+    for key, tensor in _frozen(network) if frozen else ():
+        tensor.copy_(frozen[key])
     if path is not None and trainer.is_global_zero:
         path.unlink(missing_ok=True)
         path.with_suffix(".partial").unlink(missing_ok=True)
     return list(module.history)
-
-
-def encoder_and_head(network: Any, settings: Trainer) -> list[dict[str, Any]]:
-    """Return the weight groups of a ModuleDict of `encoder` and `head`, each at its own rate."""
-    rates = {"encoder": settings.learning_rate, "head": settings.head_learning_rate}
-    return [
-        group
-        for part, rate in rates.items()
-        for group in decaying(
-            network[part].parameters(), rate=rate, weight_decay=settings.weight_decay
-        )
-    ]
 
 
 def decaying(weights: Any, *, rate: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -127,58 +115,6 @@ def decaying(weights: Any, *, rate: float, weight_decay: float) -> list[dict[str
         {"params": matrices, "lr": rate, "weight_decay": weight_decay},
         {"params": vectors, "lr": rate, "weight_decay": 0.0},
     ]
-
-
-def scoring_device(settings: Trainer) -> str:
-    """Return where a trained network answers: on a GPU if it may train on one and there is one."""
-    import torch
-
-    wanted = settings.accelerator in ("gpu", "auto") and torch.cuda.is_available()
-    return "cuda" if wanted else "cpu"
-
-
-class TokenBatches:
-    """Batches of padded token numbers, masks and labels; their order follows from seed and epoch.
-
-    Queries of like length share a batch, which saves a third of the time on short questions.
-    Padding stands to the right.
-    """
-
-    def __init__(
-        self, ids: list[list[int]], labels: np.ndarray, *, size: int, padding: int, seed: int
-    ) -> None:
-        self.ids, self.labels = ids, labels
-        self.size, self.padding, self.seed = size, padding, seed
-        self.epoch, self.rank, self.ranks = 0, 0, 1
-
-    def __len__(self) -> int:
-        return -(-len(self.ids) // (self.size * self.ranks))
-
-    def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
-        random = np.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(len(self.ids))
-        # Sorted within pools, not as a whole, so that large data still mix; ties stay shuffled.
-        lengths = np.array([len(tokens) for tokens in self.ids])
-        pool = np.arange(len(order)) // (POOL_BATCHES * self.size)
-        order = order[np.lexsort((lengths[order], pool))]
-        batches = np.split(order, np.arange(self.size, len(order), self.size))
-        batches = [batches[at] for at in random.permutation(len(batches))]
-        # All devices must make the same number of steps: the last ones start from the front again.
-        for step in range(len(self)):
-            yield self.batch(batches[(step * self.ranks + self.rank) % len(batches)])
-
-    def batch(self, rows: np.ndarray) -> tuple[Any, Any, Any]:
-        """Return tokens (B, longest), mask (B, longest) and labels (B, …) as tensors."""
-        import torch
-
-        longest = max(len(self.ids[row]) for row in rows)
-        ids = np.full((len(rows), longest), self.padding, dtype=np.int64)
-        mask = np.zeros((len(rows), longest), dtype=np.int64)
-        for at, row in enumerate(rows):
-            ids[at, : len(self.ids[row])] = self.ids[row]
-            mask[at, : len(self.ids[row])] = 1
-        labels = self.labels[rows].astype(np.float32)
-        return torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels)
 
 
 def _is_usable(checkpoint: Path) -> bool:
@@ -203,22 +139,30 @@ def _is_usable(checkpoint: Path) -> bool:
 
 def _trainer(settings: Trainer, scratch: str) -> Any:
     import lightning.pytorch as pl
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    return pl.Trainer(
-        max_epochs=settings.max_epochs,
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        num_nodes=settings.nodes,
-        strategy=settings.strategy,
-        precision=settings.precision,
-        gradient_clip_val=1.0,
-        deterministic=True,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=scratch,
-    )
+    try:
+        return pl.Trainer(
+            max_epochs=settings.max_epochs,
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            num_nodes=settings.nodes,
+            strategy=settings.strategy,
+            precision=settings.precision,
+            gradient_clip_val=1.0,
+            deterministic=True,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=scratch,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise ConfigError(
+            f"Lightning cannot train with accelerator {settings.accelerator!r}, "
+            f"{settings.devices} devices, strategy {settings.strategy!r} and precision "
+            f"{settings.precision!r}: {error} Expected what this machine has. Correct trainer."
+        ) from error
 
 
 def _module(
@@ -283,11 +227,12 @@ def _module(
             if validation_loss is not None:
                 with _modes_put_back(network):
                     entry["validation_loss"] = validation_loss()
-            if not np.isfinite(entry["train_loss"]):
+            losses = [entry["train_loss"], entry["validation_loss"] or 0.0]
+            if not np.isfinite(losses).all():
                 raise ConfigError(
-                    f"Training of {name!r} diverged: its loss in epoch {self.current_epoch} "
-                    f"is {entry['train_loss']}. Expected a finite loss. Lower "
-                    "trainer.learning_rate, or choose another trainer.precision."
+                    f"Training of {name!r} diverged: its loss in epoch {self.current_epoch} is "
+                    f"{losses[0]}, and {entry['validation_loss']} in validation. Expected finite "
+                    "losses. Lower trainer.learning_rate, or choose another trainer.precision."
                 )
             self.history.append(entry)
             self.trainer.should_stop = self.patience_is_spent()
@@ -337,6 +282,13 @@ def _trained_state(network: Any) -> dict[str, Any]:
         for name, weight in network.named_parameters()
         if weight.requires_grad
     }
+
+
+def _frozen(network: Any) -> Iterator[tuple[str, Any]]:
+    """Yield buffers and untrained weights by name; converting the network leaves these behind."""
+    for name, tensor in chain(network.named_buffers(), network.named_parameters()):
+        if not tensor.requires_grad:
+            yield name, tensor.detach()
 
 
 @contextmanager

@@ -1,9 +1,6 @@
 """The language model router: its prompt, its exact probabilities, what it learns and keeps."""
 
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_hybrid import RECORDS, ROOT, area_under_curve, data
+from test_hybrid import RECORDS, area_under_curve, data
 
 from conf.errors import ArtifactError, ConfigError
 from conf.routers import CausalLLM, Trainer
@@ -129,7 +126,7 @@ def test_verdicts_are_those_of_the_model_itself(kind: str, tmp_path: Path) -> No
     folder = str(save_tiny_llm(tmp_path / "model", kind=kind))
     router = fitted(folder, max_epochs=1)
     labels = [router.tokenizer_.convert_tokens_to_ids(label) for label in "ABC"]
-    for prompt, found in zip(PROMPTS[:8], router.verdicts(PROMPTS[:8]), strict=True):
+    for prompt, found in zip(PROMPTS[:8], router.predictions(PROMPTS[:8]), strict=True):
         ids = router.tokenizer_(f"Q:{prompt}\nA:", return_tensors="pt").input_ids[:, :-1]
         with torch.inference_mode():
             logits = router.network_(input_ids=ids).logits[0, -1, labels]
@@ -139,24 +136,20 @@ def test_verdicts_are_those_of_the_model_itself(kind: str, tmp_path: Path) -> No
 
 
 def test_padding_changes_no_loss(tiny: str) -> None:
-    from router_models.lightning_loop import TokenBatches
+    from router_models.fine_tuned import TokenBatches
 
-    model, tokenizer = causal_llm._language_model(tiny)
-    prompt = causal_llm._prompt(model, tokenizer, settings(tiny))
-    ids = prompt.token_ids(tokenizer, PROMPTS[:6])
+    router = fitted(tiny, max_epochs=1)
+    ids = router._tokens(router.network_, router.tokenizer_, PROMPTS[:6])
     assert len({len(tokens) for tokens in ids}) > 1
-    batch, mask, _ = TokenBatches(ids, np.zeros((6, 3)), size=6, padding=1, seed=0).batch(
-        np.arange(6)
-    )
-    labels = list(prompt.labels)
-    padded = causal_llm._label_logits(model, batch, last=mask.sum(dim=1) - 1, labels=labels)
-    alone = causal_llm._verdicts(model, ids, labels=labels)
-    assert np.allclose(padded.softmax(dim=1).detach().numpy(), alone, atol=1e-6)
+    batches = TokenBatches(ids, np.zeros((6, 3)), size=6, padding=1, seed=0)
+    batch, mask, _ = batches.batch(np.arange(6))
+    padded = router._logits(router.network_, batch, mask).softmax(dim=1).detach().numpy()
+    assert np.allclose(padded, router.predictions(PROMPTS[:6]), atol=1e-6)
 
 
 def test_the_win_rate_counts_half_a_tie(tiny: str) -> None:
     router = fitted(tiny, max_epochs=1)
-    strong, tie, weak = router.verdicts(PROMPTS).T
+    strong, tie, weak = router.predictions(PROMPTS).T
     assert np.allclose(strong + tie + weak, 1)
     assert np.allclose(router.win_rate(PROMPTS), strong + tie / 2)
     router.config = router.config.model_copy(update={"tie_share": 0.0})
@@ -215,15 +208,16 @@ def test_a_saved_router_needs_no_base_of_its_own(tmp_path: Path) -> None:
     assert np.array_equal(loaded.win_rate(PROMPTS), router.win_rate(PROMPTS))
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_the_packaged_base_is_verified(
-    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tiny model in the packaged one's place; its "GGUF file" is whatever file has a digest."""
     gguf = tmp_path / "packaged.gguf"
     gguf.write_bytes(b"weights")
     monkeypatch.setattr(causal_llm, "smollm2_gguf", lambda: gguf)
     monkeypatch.setattr(causal_llm, "dequantised_directory", lambda path: Path(tiny))
-    router = fitted("smollm2-135m", max_epochs=1)
+    router = fitted("smollm2-135m", max_epochs=1, precision=precision)
     router.save(tmp_path / "router")
     assert not (tmp_path / "router" / "model").exists()
     loaded = CausalLLMRouter.load(tmp_path / "router")
@@ -231,50 +225,6 @@ def test_the_packaged_base_is_verified(
     gguf.write_bytes(b"other weights")
     with pytest.raises(ArtifactError, match=r"smollm2-135m is \w+ here.*Install the same package"):
         CausalLLMRouter.load(tmp_path / "router")
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-sys.path[:0] = [{root!r}, {tests!r}]
-torch.set_num_threads(1)
-from test_causal_llm import data, settings
-from router_models.causal_llm import CausalLLMRouter
-
-def die(done, total):
-    if done == 7:  # in the second of three epochs
-        os.kill(os.getpid(), signal.SIGKILL)
-
-CausalLLMRouter(settings({tiny!r})).fit(
-    data(), data(20, start=60), seed=0, directory=Path({directory!r}), on_progress=die
-)
-"""
-
-
-def test_a_killed_training_goes_on_to_the_same_numbers(tiny: str, tmp_path: Path) -> None:
-    script = KILLED.format(
-        root=str(ROOT), tests=str(ROOT / "tests"), tiny=tiny, directory=str(tmp_path)
-    )
-    killed = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    (checkpoint,) = tmp_path.iterdir()
-    kept = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert all(".lora_" in name for name in kept)  # a base of gigabytes is not written each epoch
-
-    steps: list[int] = []
-    resumed = CausalLLMRouter(settings(tiny)).fit(
-        data(),
-        data(20, start=60),
-        seed=0,
-        directory=tmp_path,
-        on_progress=lambda done, total: steps.append(done),
-    )
-    assert steps[0] == 5  # the first epoch's four steps were not repeated
-    assert list(tmp_path.iterdir()) == []
-    whole = fitted(tiny)
-    assert np.array_equal(resumed.win_rate(PROMPTS), whole.win_rate(PROMPTS))
-    assert resumed.history_ == whole.history_
 
 
 def test_training_leaves_no_trace(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:

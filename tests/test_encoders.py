@@ -335,6 +335,14 @@ def test_a_causal_llm_is_an_encoder_without_its_last_normalisation(tmp_path: Pat
     assert np.array_equal(loaded.encode([TEXTS[0]])[0], found)
 
 
+def test_a_text_without_a_token_has_a_vector_too(tmp_path: Path) -> None:
+    """An LLM's tokenizer puts nothing around a text, so of the empty one nothing would be left."""
+    folder = save_tiny_llm(tmp_path / "llm")
+    found = load_encoder(f"{folder}@1", precision="float32").encode(["", TEXTS[0]])
+    assert np.isfinite(found).all()
+    assert found[0].any()
+
+
 @pytest.mark.parametrize("layer", [0, 7])
 def test_a_layer_that_is_not_there_is_refused(layer: int) -> None:
     with pytest.raises(ConfigError, match=rf"layer {layer}\. Expected one of 1 to 6"):

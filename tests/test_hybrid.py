@@ -1,9 +1,6 @@
-"""The fine-tuned router: it learns, it repeats itself, and a killed training loses nothing."""
+"""The fine-tuned router: what it learns and keeps, and that it repeats itself."""
 
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,8 @@ import torch
 from conf.errors import ArtifactError, ConfigError
 from conf.routers import Hybrid, Trainer
 from router_models import hybrid
+from router_models.fine_tuned import TokenBatches
 from router_models.hybrid import HybridRouter
-from router_models.lightning_loop import TokenBatches
 from router_models.training_data import Comparisons
 
 ROOT = Path(__file__).parent.parent
@@ -180,49 +177,6 @@ def test_progress_counts_steps(tiny: str) -> None:
     assert seen == [(step, 12) for step in range(1, 13)]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-sys.path[:0] = [{root!r}, {tests!r}]
-torch.set_num_threads(1)
-from test_hybrid import data, settings
-from router_models.hybrid import HybridRouter
-
-def die(done, total):
-    if done == 7:  # in the second of three epochs
-        os.kill(os.getpid(), signal.SIGKILL)
-
-HybridRouter(settings({tiny!r})).fit(
-    data(), data(20, start=60), seed=0, directory=Path({directory!r}), on_progress=die
-)
-"""
-
-
-def test_a_killed_training_goes_on_to_the_same_numbers(tiny: str, tmp_path: Path) -> None:
-    script = KILLED.format(
-        root=str(ROOT), tests=str(ROOT / "tests"), tiny=tiny, directory=str(tmp_path)
-    )
-    killed = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert [path.suffix for path in tmp_path.iterdir()] == [".ckpt"]
-
-    steps: list[int] = []
-    resumed = HybridRouter(settings(tiny)).fit(
-        data(),
-        data(20, start=60),
-        seed=0,
-        directory=tmp_path,
-        on_progress=lambda done, total: steps.append(done),
-    )
-    assert steps[0] == 5  # the first epoch's four steps were not repeated
-    assert list(tmp_path.iterdir()) == []
-    whole = HybridRouter(settings(tiny)).fit(data(), data(20, start=60), seed=0)
-    prompts = [record["text"] for record in RECORDS[:40]]
-    assert np.array_equal(resumed.win_rate(prompts), whole.win_rate(prompts))
-    assert resumed.history_ == whole.history_
-
-
 def test_a_training_killed_after_its_last_epoch_does_not_go_on(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +265,15 @@ def test_bad_settings_are_explained(tiny: str) -> None:
         HybridRouter(settings("nobody/nothing")).fit(data(), seed=0)
     with pytest.raises(ConfigError, match=r"diverged.*Lower"):
         HybridRouter(settings(tiny, learning_rate=1e30)).fit(data(), seed=0)
+    # With a single step, the training loss is that of the weights before it.
+    config = settings(tiny, learning_rate=1e30, max_epochs=1, batch_size=64)
+    with pytest.raises(ConfigError, match=r"diverged.*nan in validation.*Lower"):
+        HybridRouter(config).fit(data(), data(20, start=60), seed=0)
+    with pytest.raises(ConfigError, match=r"strategy 'nonsense'.*Correct trainer"):
+        HybridRouter(settings(tiny, strategy="nonsense")).fit(data(), seed=0)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"accelerator 'gpu'.*what this machine has"):
+            HybridRouter(settings(tiny, accelerator="gpu")).fit(data(), seed=0)
 
 
 @pytest.mark.parametrize(("rows", "size", "ranks"), [(1, 4, 1), (50, 4, 1), (50, 4, 3), (3, 8, 4)])

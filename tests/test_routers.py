@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,11 @@ LINES = (ROOT / "data" / "geography.jsonl").read_text(encoding="utf-8").splitlin
 PROMPTS = [json.loads(line)["text"] for line in LINES[::8]][:60]
 ODD = ["", " ", "Hi", "¿Qué? 東京 🦜 \u0000 \ud800", "word " * 50_000, "x" * 200_000]
 
+# Fine-tuned routers, and a part of the names of weights that these settings do not train.
+FROZEN = {"hybrid": "embeddings", "bert": "embeddings", "causal_llm": "base_layer"}
+
 every_router = pytest.mark.parametrize("kind", sorted(ROUTERS))
+every_fine_tuned = pytest.mark.parametrize("kind", sorted(FROZEN))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -253,9 +259,80 @@ def test_the_docstring_answers_the_same_questions(kind: str) -> None:
 
 @every_router
 def test_methods_stand_in_the_same_order(kind: str) -> None:
-    methods = [name for name in vars(ROUTERS[kind]) if not name.startswith("__")]
-    public = [name for name in methods if not name.startswith("_")]
+    classes = [vars(part) for part in reversed(ROUTERS[kind].__mro__)]
+    public = [
+        name for name in dict.fromkeys(chain(*classes)) if callable(getattr(ROUTERS[kind], name))
+    ]
+    public = [name for name in public if not name.startswith("_")]
     assert public[:4] == ["fit", "win_rate", "save", "load"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+sys.path[:0] = sys.argv[4:]
+torch.set_num_threads(1)
+from test_routers import QUICK, build_router, comparisons
+
+def die(done, total):
+    if done == total // 2 + 1:  # in the second of two epochs
+        os.kill(os.getpid(), signal.SIGKILL)
+
+kind, config, directory = sys.argv[1:4]
+build_router(type(QUICK[kind]).model_validate_json(config)).fit(
+    comparisons(), comparisons(48, 60), seed=3, directory=Path(directory), on_progress=die
+)
+"""
+
+
+@every_fine_tuned
+def test_a_killed_training_goes_on_to_the_same_numbers(kind: str, tmp_path: Path) -> None:
+    import torch
+
+    given = [kind, QUICK[kind].model_dump_json(), str(tmp_path), str(ROOT), str(ROOT / "tests")]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *given], cwd=tmp_path, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (checkpoint,) = tmp_path.iterdir()
+    kept = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert kept
+    assert not any(FROZEN[kind] in name for name in kept)  # an LLM has gigabytes of these
+
+    steps: list[tuple[int, int]] = []
+    resumed = build_router(QUICK[kind]).fit(
+        comparisons(),
+        comparisons(48, 60),
+        seed=3,
+        directory=tmp_path,
+        on_progress=lambda done, total: steps.append((done, total)),
+    )
+    assert steps[0][0] == steps[0][1] // 2 + 1  # the first epoch was not repeated
+    assert list(tmp_path.iterdir()) == []
+    assert np.array_equal(resumed.win_rate(PROMPTS), fitted(kind).win_rate(PROMPTS))
+    assert resumed.history_ == fitted(kind).history_
+
+
+@every_fine_tuned
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_is_for_training_only(kind: str, precision: str, tmp_path: Path) -> None:
+    trainer = QUICK[kind].trainer.model_copy(update={"precision": precision, "max_epochs": 1})
+    router = build_router(QUICK[kind].model_copy(update={"trainer": trainer}))
+    router.fit(comparisons(), comparisons(48, 60), seed=3)
+    win_rate = router.win_rate(PROMPTS)
+    assert np.isfinite(win_rate).all()
+    assert len(np.unique(win_rate)) > 15
+    router.save(tmp_path)
+    assert np.array_equal(load_router(tmp_path).win_rate(PROMPTS), win_rate)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "bert"])
+def test_an_empty_text_is_read_where_no_token_is_put_around_it(kind: str, tmp_path: Path) -> None:
+    save_tiny_llm(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings | {"post_processor": None}))
+    router = build_router(QUICK[kind].model_copy(update={"encoder": str(tmp_path)}))
+    router.fit(comparisons(0, 8), seed=0)
+    assert np.isfinite(router.win_rate(["", "Hi"])).all()
 
 
 def test_saved_routers_load_in_a_clean_process_without_network(tmp_path: Path) -> None:
