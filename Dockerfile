@@ -8,9 +8,9 @@ RUN mkdir -p /srv/s3/mlflow && chown -R 1000:1000 /srv/s3
 USER 1000:1000
 
 FROM python:3.11.14-slim-bookworm AS turnout
-# git: runs are tagged with the revision. libgomp1: llama.cpp and PyTorch are built with OpenMP.
+# llama.cpp and PyTorch are built with OpenMP.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends git libgomp1 \
+    && apt-get install --yes --no-install-recommends libgomp1 \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 1000 turnout \
     && useradd --create-home --uid 1000 --gid 1000 turnout
@@ -25,5 +25,8 @@ RUN pip install --no-cache-dir --requirement requirements.lock \
 COPY . .
 RUN pip install --no-cache-dir --no-deps --editable . \
     && mkdir .turnout && chown turnout:turnout .turnout
+# Runs and versions are tagged with the revision; the image has neither git nor its folder.
+ARG GIT_REVISION
+ENV TURNOUT_REVISION=$GIT_REVISION GIT_PYTHON_REFRESH=quiet
 ENV DO_NOT_TRACK=1 MLFLOW_DISABLE_TELEMETRY=true PREFECT_SERVER_ANALYTICS_ENABLED=false
 USER 1000:1000

@@ -8,16 +8,18 @@ import json
 import math
 import os
 import shutil
-import socket
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from conf.llms import Pair
 from conf.schema import AnyExperiment, Benchmark, Store
+from tasks.processes import is_gone, this_process
 from tasks.warehouse import Snapshot
 
 if TYPE_CHECKING:
@@ -29,7 +31,17 @@ PARENT_TAG = "mlflow.parentRunId"
 ROUTER_TAG = "turnout.router"
 PAIR_TAG = "turnout.pair"
 CHAMPION_TAG = "turnout.champion"
+COMMIT_TAG = "mlflow.source.git.commit"
+FLOW_RUN_TAG = "turnout.flow_run"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
+
+# Where MLflow's database keeps paths of artifacts: column by table.
+ARTIFACT_PATHS = {
+    "experiments": "artifact_location",
+    "runs": "artifact_uri",
+    "logged_models": "artifact_location",
+    "model_versions": "storage_location",
+}
 
 # What MLflow's page of the experiment says, and the view of its runs that its "Views" offer: a tag
 # in which MLflow's own pages keep such views (name, times in ms, state as JSON).
@@ -91,12 +103,14 @@ def client(store: Store) -> "MlflowClient":
 def experiment_id(store: Store) -> str:
     """Return the id of the store's MLflow experiment, creating it on first use."""
     mlflow_client = client(store)
-    found = mlflow_client.get_experiment_by_name(store.experiment)
-    if found is not None:
-        return str(found.experiment_id)
     location = None
     if store.is_local():
         location = (store.directory.resolve() / "artifacts").as_uri()
+    found = mlflow_client.get_experiment_by_name(store.experiment)
+    if found is not None:
+        if location not in (None, found.artifact_location):
+            _follow_move(store, found.artifact_location, location)
+        return str(found.experiment_id)
     return str(
         mlflow_client.create_experiment(
             store.experiment,
@@ -104,6 +118,21 @@ def experiment_id(store: Store) -> str:
             tags=_experiment_tags(),
         )
     )
+
+
+def _follow_move(store: Store, before: str, now: str) -> None:
+    """Let a local store that was copied or moved find its artifacts: MLflow keeps absolute paths.
+
+    Otherwise a copy would read and write the artifacts of the original.
+    """
+    with sqlite3.connect(store.directory / "mlflow.db", timeout=60) as database:
+        for table, column in ARTIFACT_PATHS.items():
+            database.execute(
+                f"UPDATE {table} SET {column} = :now || substr({column}, length(:before) + 1) "
+                f"WHERE substr({column}, 1, length(:before)) = :before",
+                {"before": before, "now": now},
+            )
+    database.close()
 
 
 def describe_experiment(store: Store) -> None:
@@ -172,20 +201,37 @@ def _ui(store: Store) -> str:
 
 @contextmanager
 def parent_run(experiment: AnyExperiment | Benchmark, *, kind: str = "pipeline") -> Iterator[str]:
-    """Open the run of one flow run and yield its id; it is closed whatever happens."""
-    import mlflow
+    """Open the run of one flow run and yield its id; it is closed whatever happens.
 
-    close_abandoned_runs(experiment.store)
-    describe_experiment(experiment.store)
-    tags = {PROCESS_TAG: _this_process(), "turnout.kind": kind, **_revision()}
-    run = client(experiment.store).create_run(
-        experiment_id(experiment.store), run_name=experiment.name, tags=tags
+    A flow run that Prefect retries goes on in the run it had.
+    """
+    from prefect.runtime import flow_run
+
+    store = experiment.store
+    close_abandoned_runs(store)
+    describe_experiment(store)
+    tags = {PROCESS_TAG: this_process(), "turnout.kind": kind, **_revision()}
+    run_id = None
+    if flow_run.id is not None:
+        tags[FLOW_RUN_TAG] = flow_run.root_flow_run_id
+        run_id = _unfinished(store, experiment.name, tags[FLOW_RUN_TAG])
+    if run_id is None:
+        run = client(store).create_run(experiment_id(store), run_name=experiment.name)
+        run_id = run.info.run_id
+    client(store).update_run(run_id, status="RUNNING")
+    set_tags(store, run_id, tags)
+    with _closing(run_id):
+        client(store).log_dict(run_id, experiment.model_dump(mode="json"), "config.json")
+        yield run_id
+
+
+def _unfinished(store: Store, name: str, flow_run_id: str) -> str | None:
+    """Return the run of this name that an earlier attempt of the flow run left unfinished."""
+    runs = client(store).search_runs(
+        [experiment_id(store)], f"tags.`{FLOW_RUN_TAG}` = '{flow_run_id}'"
     )
-    with _closing(run.info.run_id):
-        mlflow.MlflowClient().log_dict(
-            run.info.run_id, experiment.model_dump(mode="json"), "config.json"
-        )
-        yield run.info.run_id
+    left = [run for run in runs if run.info.run_name == name and run.info.status != "FINISHED"]
+    return left[0].info.run_id if left else None
 
 
 @contextmanager
@@ -229,43 +275,31 @@ def close_abandoned_runs(store: Store) -> int:
         owner = run
         if PARENT_TAG in run.data.tags:
             owner = mlflow_client.get_run(run.data.tags[PARENT_TAG])
-        if _is_gone(owner.data.tags.get(PROCESS_TAG, "")):
+        if is_gone(owner.data.tags.get(PROCESS_TAG, "")):
             mlflow_client.set_terminated(run.info.run_id, "KILLED")
             abandoned += 1
     return abandoned
 
 
-def _this_process() -> str:
-    return f"{socket.gethostname()} {os.getpid()} {_started(os.getpid())}"
-
-
-def _is_gone(process: str) -> bool:
-    """Tell whether a process of this machine has ended; of other machines nothing is known."""
-    host, _, rest = process.partition(" ")
-    pid, _, started = rest.partition(" ")
-    if host != socket.gethostname() or not pid.isdecimal():
-        return False
-    return _started(int(pid)) != started
-
-
-def _started(pid: int) -> str:
-    """Return when a process started, so that a reused process id is not mistaken for it."""
-    import psutil
-
-    try:
-        return str(psutil.Process(pid).create_time())
-    except psutil.NoSuchProcess:
-        return "ended"
-
-
 def _revision() -> dict[str, str]:
-    """Return the git revision of the working directory as a tag, where there is one."""
-    if shutil.which("git") is None:
+    """Return which code ran as tags: `TURNOUT_REVISION`, or the git revision of this checkout."""
+    commit = os.environ.get("TURNOUT_REVISION", "").strip()
+    if commit:
+        return {COMMIT_TAG: commit}
+    root = str(Path(__file__).resolve().parent.parent)
+    # Installed as a package, this file may lie within somebody else's repository.
+    if shutil.which("git") is None or _git(root, "rev-parse", "--show-toplevel") != root:
         return {}
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {"mlflow.source.git.commit": found.stdout.strip()} if found.returncode == 0 else {}
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return {
+        COMMIT_TAG: _git(root, "rev-parse", "HEAD"),
+        "turnout.uncommitted_changes": str(bool(changed)).lower(),
+    }
+
+
+def _git(root: str, *words: str) -> str:
+    command = ["git", "-C", root, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def log_dataset(store: Store, run_id: str, snapshot: Snapshot, *, name: str) -> None:

@@ -1,6 +1,7 @@
 """MLflow runs: closed on exceptions, reopened on retries, tied to their parent everywhere."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,3 +142,39 @@ def test_the_store_may_lie_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert Store().mlflow_uri() == f"sqlite:///{tmp_path / '.turnout' / 'mlflow.db'}"
     assert Store(tracking_uri="http://mlflow:5000").mlflow_uri() == "http://mlflow:5000"
     assert os.listdir(tmp_path) == []
+
+
+def test_a_copied_store_reads_and_writes_its_own_artifacts(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    """MLflow keeps absolute paths, so a backup would write into the original."""
+    with tracking.parent_run(experiment) as run_id:
+        tracking.client(experiment.store).log_text(run_id, "before", "note.txt")
+    copied = Store(directory=tmp_path / "copy")
+    shutil.copytree(experiment.store.directory, copied.directory)
+    shutil.rmtree(experiment.store.directory / "artifacts")
+    with tracking.parent_run(experiment.model_copy(update={"store": copied})) as new_id:
+        tracking.client(copied).log_text(new_id, "after", "note.txt")
+    kept = sorted((copied.directory / "artifacts").rglob("note.txt"))
+    assert sorted(path.read_text() for path in kept) == ["after", "before"]
+    assert not list(experiment.store.directory.rglob("note.txt"))
+    client = MlflowClient(copied.mlflow_uri())
+    assert Path(client.download_artifacts(run_id, "note.txt")).read_text() == "before"
+
+
+@pytest.mark.parametrize("directory", ["project", "elsewhere"])
+def test_the_revision_is_that_of_the_code_not_of_where_it_was_started(
+    directory: str, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(tracking.__file__).parent.parent
+    monkeypatch.chdir(root if directory == "project" else tmp_path)
+    with tracking.parent_run(experiment) as run_id:
+        _, tags = run_of(experiment.store, run_id)
+    head = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    assert tags.get(tracking.COMMIT_TAG, "") == head.stdout.strip()
+    monkeypatch.setenv("TURNOUT_REVISION", "abc123")
+    with tracking.parent_run(experiment) as run_id:
+        _, tags = run_of(experiment.store, run_id)
+    assert tags[tracking.COMMIT_TAG] == "abc123"
