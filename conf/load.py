@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from conf.errors import ConfigError, unknown_name
-from conf.schema import Benchmark, Experiment, PreferenceExperiment
+from conf.schema import Benchmark, Experiment, PreferenceExperiment, experiment_kind
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 GATE = Path(__file__).parent / "gate.yaml"
@@ -66,7 +66,7 @@ def load_experiment(
         settings["gate"] = yaml.safe_load(GATE.read_text(encoding="utf-8")) | settings["gate"]
     for override in overrides:
         apply_override(settings, override)
-    if "benchmarks" in settings and "llms" not in settings:
+    if experiment_kind(settings) == "preferences":
         return validated(settings, where=str(path), model=PreferenceExperiment)
     return validated(settings, where=str(path))
 

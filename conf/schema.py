@@ -8,7 +8,15 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, computed_field, field_validator, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    PositiveInt,
+    Tag,
+    computed_field,
+    field_validator,
+    model_validator,
+)
 
 from conf.errors import ConfigError, unknown_name
 from conf.llms import LLM, Generation, Pair
@@ -242,12 +250,60 @@ class ThresholdRequest(Settings):
         return self
 
 
+class DriftRequest(Settings):
+    """Which queries are held against whose, and how sure a finding must be."""
+
+    queries: Path
+    """Recent queries: a JSONL, CSV or Parquet file, or a folder of such files."""
+    router: str = "champion"
+    """A router of the last finished run, or `champion`."""
+    pair: str | None = None
+    """Name of the pair, as weak--strong, where the router exists for several."""
+    false_alarm_rate: float = Field(default=0.01, gt=0, lt=0.5)
+    """How often drift may be reported where there is none, both tests together."""
+    smallest_shift: float = Field(default=0.25, gt=0, le=1)
+    """Share of the traffic moved across a threshold that must not go unseen: it decides how many
+    queries are needed before `no drift` is said."""
+    encoder: str = "minilm"
+    """What embeds the queries, as in a router's settings."""
+    at_most: PositiveInt = 1000
+    """Queries of each kind that are compared; of more, so many are drawn."""
+
+
+class Compute(Settings):
+    """Where responses are asked for and scored: in this process, or as shards on a Ray cluster."""
+
+    kind: Literal["local", "ray"] = "local"
+    """`compute=ray` for short. The tables are the same either way."""
+    address: str | None = None
+    """Ray's head, as `host:6379`, `ray://host:10001` or `auto` for the cluster this machine is
+    part of; by default a cluster is started on this machine for each stage."""
+    shard_queries: PositiveInt = 200
+    """Queries whose responses one shard asks for: what may have to be sent to another node."""
+    shard_responses: PositiveInt = 5000
+    """Responses that one shard scores, rounded up to whole calls of the scorer (1,000)."""
+    directory: Path | None = None
+    """Folder in which shards leave their Parquet, under the same path on every node; by default
+    `shards` in the store's directory."""
+    retries: int = Field(default=2, ge=0)
+    """How often a shard is run again whose process or node ended under it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_word(cls, settings: object) -> object:
+        return {"kind": settings} if isinstance(settings, str) else settings
+
+
+LOCAL = Compute()
+
+
 class Experiment(Settings):
     """One run of the pipeline, whole."""
 
     name: str = "embedded"
     seed: int = 7
     store: Store = Store()
+    compute: Compute = LOCAL
     queries: Queries = Queries()
     llms: tuple[LLM, ...]
     pairs: tuple[Pair, ...]
@@ -381,6 +437,23 @@ class PreferenceExperiment(Settings):
     """All queries of the benchmarks are a held-out test, so nothing is divided into folds."""
     gate: Gate = Gate()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _reloaded(cls, settings: object) -> object:
+        """Take a dump, such as a run's config.json: it repeats what is derived from the rest.
+
+        What contradicts the rest is left, and refused as no such setting.
+        """
+        if not isinstance(settings, dict):
+            return settings
+        pair = settings.get("pair")
+        derived = {"pairs": ([pair], (pair,)), "quality": ({"label_metric": "correct"},)}
+        return {
+            key: value
+            for key, value in settings.items()
+            if key not in derived or value not in derived[key]
+        }
+
     @computed_field  # type: ignore[prop-decorator]
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -414,4 +487,20 @@ class PreferenceExperiment(Settings):
         return self
 
 
-AnyExperiment = Experiment | PreferenceExperiment
+def experiment_kind(settings: object) -> Literal["generation", "preferences"]:
+    """Tell which kind of experiment settings describe, so that only its mistakes are reported.
+
+    >>> experiment_kind({"pair": {}, "preferences": {}, "benchmarks": []})
+    'preferences'
+    """
+    if isinstance(settings, dict):
+        learns = "benchmarks" in settings and "llms" not in settings
+    else:
+        learns = isinstance(settings, PreferenceExperiment)
+    return "preferences" if learns else "generation"
+
+
+AnyExperiment = Annotated[
+    Annotated[Experiment, Tag("generation")] | Annotated[PreferenceExperiment, Tag("preferences")],
+    Discriminator(experiment_kind),
+]

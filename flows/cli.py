@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from conf.schema import Experiment, PreferenceExperiment
+    from conf.schema import AnyExperiment
     from tasks.benchmark import PreferenceReport
     from tasks.gate import Receipt
     from tasks.promotion import Aliases
@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     promote.add_argument("--force", metavar="REASON", help="though the gate did not pass it")
     rollback = command("rollback", "swap the champion and the previous one", rollback_command)
     for sub in (promote, rollback):
-        sub.add_argument("--pair", help="weak--strong, where the experiment has several pairs")
+        sub.add_argument("--pair", help="weak--strong of several pairs, or pool-NAME for the pool")
     _add_compare(command)
     _add_schedule(command)
     _add_tables(command)
@@ -228,38 +228,33 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     experiment = _experiment(arguments)
     if isinstance(experiment, PreferenceExperiment):
-        return _run_preferences(arguments, experiment)
+        from flows.preference_pipeline import preference_pipeline
+
+        return _print_run(arguments, experiment, preference_pipeline(experiment))
     from flows.pipeline import pipeline
 
     return _print_run(arguments, experiment, pipeline(experiment))
 
 
-def _print_run(arguments: argparse.Namespace, experiment: "Experiment", report: "RunReport") -> int:
+def _print_run(
+    arguments: argparse.Namespace,
+    experiment: "AnyExperiment",
+    report: "RunReport | PreferenceReport",
+) -> int:
+    from tasks.benchmark import PreferenceReport
+
     if arguments.json:
         print(json.dumps(report.to_json()))
+    elif isinstance(report, PreferenceReport):
+        _show_preferences(experiment, report)
     else:
         _show(experiment, report)
     return 0
 
 
-def _run_preferences(arguments: argparse.Namespace, experiment: "PreferenceExperiment") -> int:
-    from flows.preference_pipeline import preference_pipeline
-
-    report = preference_pipeline(experiment)
-    if arguments.json:
-        print(json.dumps(report.to_json()))
-    else:
-        _show_preferences(experiment, report)
-    return 0
-
-
 def retrain_command(arguments: argparse.Namespace) -> int:
     """Run the deployed flow here and print its report."""
-    from conf.schema import PreferenceExperiment
-
     experiment = _experiment(arguments)
-    if isinstance(experiment, PreferenceExperiment):  # what was trained before is not trained again
-        return _run_preferences(arguments, experiment)
     from flows.retrain import retrain
 
     return _print_run(arguments, experiment, retrain(experiment))
@@ -267,7 +262,7 @@ def retrain_command(arguments: argparse.Namespace) -> int:
 
 def deploy_command(arguments: argparse.Namespace) -> int:
     """Put retraining on a schedule and say how a worker is started."""
-    experiment = _scheduled_experiment(arguments)
+    experiment = _experiment(arguments)
     from flows.deploy import deploy
 
     done = deploy(experiment, cron=arguments.cron, timezone=arguments.timezone, pool=arguments.pool)
@@ -280,21 +275,9 @@ def deploy_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _scheduled_experiment(arguments: argparse.Namespace) -> "Experiment":
-    from conf.schema import PreferenceExperiment
-
-    experiment = _experiment(arguments)
-    if isinstance(experiment, PreferenceExperiment):
-        raise ConfigError(
-            f"{experiment.name!r} learns from battles that are there. Expected an experiment that "
-            "asks LLMs, for that is what is retrained on a schedule. Choose another with --config."
-        )
-    return experiment
-
-
 def drift_command(arguments: argparse.Namespace) -> int:
     """Say whether recent queries have drifted and, if it is asked for, retrain."""
-    experiment = _scheduled_experiment(arguments) if arguments.retrain else _experiment(arguments)
+    experiment = _experiment(arguments)
     from flows.drift import drift, drift_request, retrained
 
     request = drift_request(
@@ -314,7 +297,7 @@ def drift_command(arguments: argparse.Namespace) -> int:
         console.print(f"Holds if: {report.condition}.", highlight=False)
     started = None
     if arguments.retrain and report.verdict == "drift":
-        started = retrained(experiment)  # type: ignore[arg-type]  # looked at above
+        started = retrained(experiment)
         if not arguments.json:
             print(started)
     if arguments.json:
@@ -431,7 +414,7 @@ def tables_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prune(arguments: argparse.Namespace, experiment: "Experiment | PreferenceExperiment") -> int:
+def _prune(arguments: argparse.Namespace, experiment: "AnyExperiment") -> int:
     from conf.load import load_experiment
     from tasks.retention import prune
 
@@ -572,7 +555,7 @@ def calibrate_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _experiment(arguments: argparse.Namespace) -> "Experiment | PreferenceExperiment":
+def _experiment(arguments: argparse.Namespace) -> "AnyExperiment":
     from conf.load import load_experiment
 
     return load_experiment(arguments.config, tuple(arguments.overrides))
@@ -590,10 +573,11 @@ def _table(console: "Console", title: str, rows: list[dict[str, str]]) -> None:
     console.print(table)
 
 
-def _show(experiment: "Experiment", report: "RunReport") -> None:
+def _show(experiment: "AnyExperiment", report: "RunReport") -> None:
     """Print the leaderboard, each pair's comparison and verdict, and what to do next."""
     from rich.console import Console
 
+    from flows.retrain import receipts_of
     from tasks.reporting import pool_rows, shown
 
     console = Console()
@@ -611,18 +595,20 @@ def _show(experiment: "Experiment", report: "RunReport") -> None:
         _show_receipt(console, pair.receipt)
     if report.pool is not None:
         _table(console, "The cheapest LLM that is good enough, of all", pool_rows(report.pool))
-    receipts = [pair.receipt for pair in report.pairs]
-    _show_next(console, Path(experiment.store.directory), report.run_id, receipts)
+        _show_receipt(console, report.pool.receipt)
+    where = Path(experiment.store.directory)
+    _show_next(console, where, report.run_id, receipts_of(report))
 
 
-def _show_preferences(experiment: "PreferenceExperiment", report: "PreferenceReport") -> None:
+def _show_preferences(experiment: "AnyExperiment", report: "PreferenceReport") -> None:
     """Print where the battles came from, each benchmark's comparison, the verdict, what is next."""
     from rich.console import Console
 
     console = Console()
     sources = ("source", "battles", "of the pair", "strong wins")
     battles = [{name: row[name] for name in sources} for row in report.battles.rows()]
-    _table(console, f"Battles for {experiment.pair.weak} or {experiment.pair.strong}", battles)
+    (pair,) = experiment.pairs
+    _table(console, f"Battles for {pair.weak} or {pair.strong}", battles)
     for row in report.battles.rows():
         if row["left out"]:
             console.print(f"{row['source']}, left out: {row['left out']}", highlight=False)

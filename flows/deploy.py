@@ -23,7 +23,7 @@ from zoneinfo import available_timezones
 import yaml
 
 from conf.errors import ConfigError, EndpointError
-from conf.schema import Experiment
+from conf.schema import AnyExperiment
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -77,7 +77,7 @@ class Deployed:
 
 
 def deploy(
-    experiment: Experiment,
+    experiment: AnyExperiment,
     *,
     cron: str | None = None,
     timezone: str | None = None,
@@ -90,7 +90,6 @@ def deploy(
     """
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
-    from prefect.utilities.callables import parameter_schema
 
     from flows.retrain import retrain
 
@@ -125,8 +124,9 @@ def deploy(
             concurrency_options=ConcurrencyOptions(
                 collision_strategy=ConcurrencyLimitStrategy(limit["collision_strategy"])
             ),
-            parameters={"experiment": experiment.model_dump(mode="json")},
-            parameter_openapi_schema=parameter_schema(retrain).model_dump_for_openapi(),
+            # Only what may be given: what is derived from it, the server would refuse.
+            parameters={"experiment": experiment.model_dump(mode="json", round_trip=True)},
+            parameter_openapi_schema=form(experiment),
             enforce_parameter_schema=True,
             paused=False,
         )
@@ -145,7 +145,7 @@ def deploy(
         )
 
 
-def start_retrain(experiment: Experiment) -> str | None:
+def start_retrain(experiment: AnyExperiment) -> str | None:
     """Start a run of the deployment and return its name; None where there is no deployment.
 
     Raises ConfigError where another experiment is deployed.
@@ -163,6 +163,24 @@ def start_retrain(experiment: Experiment) -> str | None:
                 "first, or name the other experiment with --config."
             )
         return client.create_flow_run_from_deployment(found.id, tags=["drift"]).name
+
+
+def form(experiment: AnyExperiment) -> dict[str, Any]:
+    """Return the form of the deployment's parameters, as a JSON schema.
+
+    `retrain` takes either kind of experiment. The form is narrowed to the kind that is deployed, or
+    a bad value would be "not valid under any of the given schemas", and not named.
+    """
+    from prefect.utilities.callables import parameter_schema
+
+    from flows.retrain import retrain
+
+    schema = parameter_schema(retrain).model_dump_for_openapi()
+    kind = {"$ref": f"#/definitions/{type(experiment).__name__}"}
+    either = schema["properties"]["experiment"]
+    kept = {key: either[key] for key in ("title", "position") if key in either}
+    schema["properties"]["experiment"] = {**kept, "allOf": [kind]}
+    return schema
 
 
 def planned() -> dict[str, Any]:

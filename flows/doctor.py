@@ -15,7 +15,14 @@ from urllib.parse import urlsplit
 from conf.errors import TurnoutError
 from conf.llms import LLM
 from conf.preferences import Preferences, PreferenceSource
-from conf.schema import BartScore, BenchmarkFolder, Experiment, PreferenceExperiment, QualityMetric
+from conf.schema import (
+    BartScore,
+    BenchmarkFolder,
+    Compute,
+    Experiment,
+    PreferenceExperiment,
+    QualityMetric,
+)
 
 if TYPE_CHECKING:
     from tasks.warehouse import Snapshot
@@ -43,6 +50,7 @@ def findings(experiment: Experiment | PreferenceExperiment) -> list[Finding]:
         return packages
     found = [*packages, _warehouse(experiment), _tracking(experiment), _orchestrator()]
     if isinstance(experiment, Experiment):
+        found += _cluster(experiment.compute)
         asked, queries = _queries(experiment)
         found.append(asked)
         found += [_llm(llm, queries) for llm in experiment.llms]
@@ -94,6 +102,16 @@ def _orchestrator() -> Finding:
     if not _answers(url):
         return Finding("Prefect", False, f"{url} does not answer", "prefect server start")
     return Finding("Prefect", True, url)
+
+
+def _cluster(compute: Compute) -> Iterator[Finding]:
+    def look() -> str:
+        from tasks.cluster import check_cluster
+
+        return check_cluster(compute)
+
+    if compute.kind == "ray":
+        yield _looked_at("ray", look)
 
 
 def _queries(experiment: Experiment) -> "tuple[Finding, Snapshot | None]":

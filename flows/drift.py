@@ -6,10 +6,10 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from conf.errors import ConfigError
-from conf.schema import AnyExperiment, Experiment
+from conf.schema import AnyExperiment, DriftRequest
 from flows.deploy import FULL_NAME, start_retrain
 from tasks.calibration_data import logged_router
-from tasks.drift import DriftReport, DriftRequest, measure_drift
+from tasks.drift import DriftReport, measure_drift
 
 
 @flow(name="drift", flow_run_name="drift of {request.router}", validate_parameters=True)
@@ -26,14 +26,14 @@ def drift(experiment: AnyExperiment, request: DriftRequest) -> DriftReport:
     return report
 
 
-def retrained(experiment: Experiment) -> str:
+def retrained(experiment: AnyExperiment) -> str:
     """Retrain, on a worker where there is a deployment and else here; return what was done."""
     started = start_retrain(experiment)
     if started is not None:
         return f"Started {FULL_NAME} as flow run {started}: a worker takes it up."
-    from flows.retrain import retrain
+    from flows.retrain import receipts_of, retrain
 
-    receipts = [pair.receipt for pair in retrain(experiment).pairs]
+    receipts = receipts_of(retrain(experiment))
     return "Retrained here. " + " ".join(receipt.summary() for receipt in receipts)
 
 

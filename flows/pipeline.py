@@ -36,6 +36,7 @@ from tasks.warehouse import Snapshot, Warehouse
 def pipeline(experiment: Experiment) -> RunReport:
     """Ask, score, label, train, compare, and promote the best router if it earns it."""
     warehouse = Warehouse(experiment.store.directory)
+    compute = experiment.compute  # this process, or shards on a Ray cluster
     with parent_run(experiment) as run_id:
         # Queries come from the configured source, split once and for all by a hash of their ids.
         queries = ingest_queries(warehouse, experiment.queries)
@@ -45,13 +46,13 @@ def pipeline(experiment: Experiment) -> RunReport:
         spent_usd = 0.0
         for llm in experiment.llms:
             asked = generate_responses(
-                warehouse, queries, llm, experiment.generation, spent_usd=spent_usd
+                warehouse, queries, llm, experiment.generation, compute, spent_usd=spent_usd
             )
             spent_usd += asked.billed_usd + asked.lost_usd
         responses = collect_responses(warehouse, queries, experiment.llms, experiment.generation)
 
         # Each response is scored under each quality metric.
-        scores = score_responses(warehouse, queries, responses, experiment.quality.metrics)
+        scores = score_responses(warehouse, queries, responses, experiment.quality.metrics, compute)
         leaderboard = publish_leaderboard(experiment, queries, responses, scores, run_id)
 
         # For each pair of a weak and a strong LLM, routers are trained and the best one is judged.

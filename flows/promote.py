@@ -3,8 +3,9 @@
 from prefect import flow
 
 from conf.errors import ConfigError, unknown_name
-from conf.schema import AnyExperiment
+from conf.schema import AnyExperiment, Experiment
 from tasks import promotion
+from tasks.pool import pool_model
 from tasks.promotion import Aliases
 
 
@@ -28,14 +29,19 @@ def rollback(experiment: AnyExperiment, model: str | None = None) -> Aliases:
 
 
 def registered_model(experiment: AnyExperiment, model: str | None) -> str:
-    """Return the registered model that is meant: the one named, or that of the only pair."""
+    """Return the registered model that is meant: the one named, or that of the only pair.
+
+    A pool, which chooses among all LLMs, has a model too and is meant by its name only.
+    """
     known = [pair.name() for pair in experiment.pairs]
     if model is None and len(known) == 1:
         return known[0]
+    if isinstance(experiment, Experiment) and experiment.pool is not None:
+        known.append(pool_model(experiment))
     if model is None:
         raise ConfigError(
-            f"The experiment has {len(known)} pairs: {', '.join(known)}. Expected one to be named. "
-            "Choose it with --pair."
+            f"The experiment has {len(known)} registered models: {', '.join(known)}. Expected one "
+            "to be named. Choose it with --pair."
         )
     if model not in known:
         raise ConfigError(unknown_name("pair", model, known) + " Choose one with --pair.")

@@ -98,7 +98,7 @@ class Asking:
         missing = list(request.missing)
         while missing and self.stopped_by is None:
             seed = request_seed(self.llm.decoding.seed, request.prompt_id, missing[0])
-            worst_usd = self._worst_case_usd(request.prompt, len(missing))
+            worst_usd = self.worst_case_usd(request.prompt, len(missing))
             if not self._reserve(worst_usd):
                 return
             self.requests += 1
@@ -120,7 +120,7 @@ class Asking:
                 advance(len(missing))
                 return
             except EndpointError as error:
-                self._stop(error)
+                self.stop_for(error)
                 return
             finally:
                 self.reserved_usd -= worst_usd
@@ -159,7 +159,8 @@ class Asking:
             **columns,
         }
 
-    def _worst_case_usd(self, prompt: str, samples: int) -> float:
+    def worst_case_usd(self, prompt: str, samples: int) -> float:
+        """Return the most that so many samples of a prompt can cost, in one request."""
         # Every token covers at least one byte, whatever the tokenizer.
         prompt_tokens = len((prompt + (self.llm.system or "")).encode()) + PROMPT_OVERHEAD_TOKENS
         return self.llm.prices.cost_usd(prompt_tokens, samples * self.llm.decoding.max_tokens)
@@ -184,7 +185,7 @@ class Asking:
         spent_usd = self.spent_usd + self.billed_usd + self.lost_usd
         if budget_usd is None or spent_usd + self.reserved_usd <= budget_usd:
             return True
-        self._stop(
+        self.stop_for(
             BudgetError(
                 f"Asking {self.llm.name!r} stopped at {spent_usd:.6f} USD: the next request could "
                 f"cost {worst_usd:.6f} USD. Expected the run to stay within budget_usd = "
@@ -194,7 +195,7 @@ class Asking:
         )
         return False
 
-    def _stop(self, error: TurnoutError) -> None:
+    def stop_for(self, error: TurnoutError) -> None:
         """Let the requests in flight end, and ask nothing more; the first reason counts."""
         self.stopped_by = self.stopped_by or error
         self.stop.set()
@@ -204,7 +205,7 @@ class Asking:
         self.failed += responses
         self.examples = list(dict.fromkeys([*self.examples, *reasons]))[:EXAMPLES]
         if self.failed > self.settings.max_failure_share * self.total:
-            self._stop(
+            self.stop_for(
                 EndpointError(
                     f"{self.failed} of {self.total} responses of {self.llm.name!r} failed, such "
                     f"as: {'; '.join(self.examples)}. Expected at most "

@@ -26,8 +26,10 @@ from serving.score import win_rates_in_clean_process
 from tasks import tracking
 from tasks.controls import CONTROL_TAG, PROMPTS, prompt_hashes
 from tasks.evaluation import ORACLE
+from tasks.judged_runs import logged_table
 from tasks.progress import stage
-from tasks.registry import CHAMPION, Version
+from tasks.registry import CHAMPION, POOL_TAG, Version
+from tasks.training import TRAINING_TAG
 
 TEXT_COLUMNS = ("prompt", "text")
 QUALITY_COLUMNS = ("weak_quality", "strong_quality")
@@ -107,7 +109,7 @@ def _champion(store: Store, pair: str | None) -> LoggedRouter:
     champions = {
         model.name: str(model.aliases[CHAMPION])
         for model in client.search_registered_models()
-        if CHAMPION in model.aliases
+        if CHAMPION in model.aliases and POOL_TAG not in model.tags  # a pool has no threshold
     }
     if not champions:
         raise StoreError(
@@ -152,10 +154,9 @@ def _version(store: Store, router: LoggedRouter) -> Version | None:
     """Return the newest version that came of the router's run, or of the same training before."""
     client = tracking.client(store)
     found = list(client.search_model_versions(f"run_id = '{router.run_id}'"))
-    directory = _trained_directory(store, router)
-    if not found and directory is not None:
+    if not found and (digest := _training(store, router)) is not None:
         found = client.search_model_versions(
-            f"name = '{router.pair.name()}' AND tags.training_digest = '{directory.name}'"
+            f"name = '{router.pair.name()}' AND tags.training_digest = '{digest}'"
         )
     newest = max(found, key=lambda version: int(version.version), default=None)
     if newest is None:
@@ -179,8 +180,8 @@ def _several(what: str, pairs: Sequence[str]) -> ConfigError:
 
 def logged_rows(store: Store, router: LoggedRouter) -> CalibrationRows:
     """Return the queries of the router's run that it had not seen when it predicted them."""
-    table = _logged_table(store, router.parent_id, f"{router.pair.name()}/win_rates")
-    predicted = _logged_table(store, router.run_id, "win_rates")
+    table = needed_table(store, router.parent_id, f"{router.pair.name()}/win_rates")
+    predicted = needed_table(store, router.run_id, "win_rates")
     served = "served_win_rate" in predicted.column_names
     held_out = served and predicted["win_rate"].equals(predicted["served_win_rate"])
     # Taking the best of several routers takes some luck along, and no bound here knows of it.
@@ -202,7 +203,7 @@ def file_rows(store: Store, router: LoggedRouter, path: Path, *, labelled: bool)
     labelled: qualities are needed too, and rows that the router was trained on are left out, for
     on those it is better than on new ones. Raises DataError for files that cannot be used.
     """
-    table = _file_table(path)
+    table = file_table(path)
     prompts = _prompts(table, path)
     if not labelled:
         rates = win_rates(store, router, prompts)
@@ -238,8 +239,9 @@ def win_rates(store: Store, router: LoggedRouter, prompts: Sequence[str]) -> np.
 
 def _saved_router(store: Store, router: LoggedRouter) -> Path:
     """Return the folder of a router that was never registered."""
-    directory = _trained_directory(store, router)
-    if directory is None or not (directory / "router").is_dir():
+    digest = _training(store, router)
+    directory = store.directory / "training" / (digest or "unknown")
+    if not (directory / "router").is_dir():
         raise ArtifactError(
             f"{router.name} is no registered version, and {store.directory / 'training'} does not "
             "hold it. Expected the router itself, to score new queries. Calibrate the champion, "
@@ -248,18 +250,22 @@ def _saved_router(store: Store, router: LoggedRouter) -> Path:
     return directory / "router"
 
 
-def _trained_directory(store: Store, router: LoggedRouter) -> Path | None:
-    """Return the training that the router's run is about, known by its predictions, if it is here.
+def _training(store: Store, router: LoggedRouter) -> str | None:
+    """Return the digest of the training that the router's run is about, its folder's name.
 
-    The folder is called after the training's digest.
+    A run of an earlier release has no tag that names it: it is known by its predictions, if they
+    are here.
     """
+    client = tracking.client(store)
+    tags = client.get_run(router.run_id).data.tags
+    if TRAINING_TAG in tags:
+        return tags[TRAINING_TAG]
     with TemporaryDirectory() as folder:
-        client = tracking.client(store)
         logged = client.download_artifacts(router.run_id, "win_rates/predictions.parquet", folder)
         digest = file_digest(Path(logged))
     for predictions in sorted((store.directory / "training").glob("*/predictions.parquet")):
         if file_digest(predictions) == digest:
-            return predictions.parent
+            return predictions.parent.name
     return None
 
 
@@ -267,16 +273,25 @@ def _trained_on(store: Store, router: LoggedRouter) -> set[str]:
     """Return hashes of the queries that the served form of the router was trained on."""
     if router.version is not None:
         folder, _, _ = PROMPTS.rpartition("/")
-        return set(_logged_table(store, router.version.run_id, folder)["prompt"].to_pylist())
-    labels = _logged_table(store, router.parent_id, f"{router.pair.name()}/labels")
-    predicted = _logged_table(store, router.run_id, "win_rates")
-    # Out of fold, every query was trained on in the end.
-    held_out = set(predicted["query_key"].to_pylist())
-    held_out = held_out if predicted.num_rows < labels.num_rows else set()
-    rows = zip(labels["query_key"].to_pylist(), labels["text"].to_pylist(), strict=True)
-    texts = [text for key, text in rows if key not in held_out]
-    for battles in _battle_files(store, router):
-        texts += pq.read_table(battles)["prompt"].to_pylist()
+        return set(needed_table(store, router.version.run_id, folder)["prompt"].to_pylist())
+    labels = logged_table(store, router.parent_id, f"{router.pair.name()}/labels")
+    battles = _battle_files(store, router)
+    texts: list[str] = []
+    if labels is None and not battles:  # a run on battles has no labels
+        raise ArtifactError(
+            f"What {router.name} learnt from is no longer in {store.directory / 'snapshots'}. "
+            "Expected its battles: queries among them are no test of it. Calibrate the champion, "
+            "leave --data out, or run `turnout run` here."
+        )
+    if labels is not None:
+        predicted = needed_table(store, router.run_id, "win_rates")
+        # Out of fold, every query was trained on in the end.
+        held_out = set(predicted["query_key"].to_pylist())
+        held_out = held_out if predicted.num_rows < labels.num_rows else set()
+        rows = zip(labels["query_key"].to_pylist(), labels["text"].to_pylist(), strict=True)
+        texts += [text for key, text in rows if key not in held_out]
+    for file in battles:
+        texts += pq.read_table(file)["prompt"].to_pylist()
     return set(prompt_hashes(texts))
 
 
@@ -289,21 +304,18 @@ def _battle_files(store: Store, router: LoggedRouter) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def _logged_table(store: Store, run_id: str, folder: str) -> pa.Table:
-    """Return the Parquet table that a run has logged under ``folder``."""
-    client = tracking.client(store)
-    paths = [item.path for item in client.list_artifacts(run_id, folder)]
-    paths = [path for path in paths if path.endswith(".parquet")]
-    if not paths:
+def needed_table(store: Store, run_id: str, folder: str) -> pa.Table:
+    """Return the Parquet table that a run has logged under ``folder``; ArtifactError for none."""
+    table = logged_table(store, run_id, folder)
+    if table is None:
         raise ArtifactError(
             f"Run {run_id} has no table under {folder}. Expected what `turnout run` logs there. "
             "Run it again."
         )
-    with TemporaryDirectory() as target:
-        return pq.read_table(client.download_artifacts(run_id, paths[-1], target))
+    return table
 
 
-def _file_table(path: Path) -> pa.Table:
+def file_table(path: Path) -> pa.Table:
     """Return the rows of a Parquet, CSV or JSONL file."""
     readers = {
         ".parquet": pq.read_table,

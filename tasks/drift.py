@@ -14,11 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 from prefect import task
-from pydantic import Field, PositiveInt
 
 from conf.errors import ArtifactError, DataError
-from conf.schema import Store
-from conf.settings import Settings
+from conf.schema import DriftRequest, Store
 from router_models.drift import (
     TwoSample,
     energy_test,
@@ -32,12 +30,11 @@ from router_models.training_data import same_prompt
 from tasks.calibration_data import (
     TEXT_COLUMNS,
     LoggedRouter,
-    _file_table,
-    _logged_table,
+    file_table,
+    needed_table,
     win_rates,
 )
 from tasks.progress import stage
-from tasks.registry import CHAMPION
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 EMBEDDING, WIN_RATE = "embedding", "win rate"
@@ -50,26 +47,6 @@ FOLD_FACTOR = 2.0
 OUT_OF_FOLD = "the served form rates new queries much as its folds did (its p-value is doubled)"
 
 Verdict = Literal["drift", "no drift", "too few queries"]
-
-
-class DriftRequest(Settings):
-    """Which queries are held against whose, and how sure a finding must be."""
-
-    queries: Path
-    """Recent queries: a JSONL, CSV or Parquet file, or a folder of such files."""
-    router: str = CHAMPION
-    """A router of the last finished run, or `champion`."""
-    pair: str | None = None
-    """Name of the pair, as weak--strong, where the router exists for several."""
-    false_alarm_rate: float = Field(default=0.01, gt=0, lt=0.5)
-    """How often drift may be reported where there is none, both tests together."""
-    smallest_shift: float = Field(default=0.25, gt=0, le=1)
-    """Share of the traffic moved across a threshold that must not go unseen: it decides how many
-    queries are needed before `no drift` is said."""
-    encoder: str = "minilm"
-    """What embeds the queries, as in a router's settings."""
-    at_most: PositiveInt = 1000
-    """Queries of each kind that are compared; of more, so many are drawn."""
 
 
 @dataclass(frozen=True)
@@ -246,12 +223,12 @@ def known_queries(store: Store, router: LoggedRouter) -> tuple[list[str], np.nda
     these are out of fold.
     """
     folder = router.pair.name()
-    evaluated = _logged_table(store, router.parent_id, f"{folder}/win_rates")
+    evaluated = needed_table(store, router.parent_id, f"{folder}/win_rates")
     try:
-        everything = _logged_table(store, router.parent_id, f"{folder}/labels")
+        everything = needed_table(store, router.parent_id, f"{folder}/labels")
     except ArtifactError:  # a run on battles logs what it was judged on
         everything = evaluated
-    predicted = _logged_table(store, router.run_id, "win_rates")
+    predicted = needed_table(store, router.run_id, "win_rates")
     served = "served_win_rate" in predicted.column_names
     held_out = served and predicted["win_rate"].equals(predicted["served_win_rate"])
     distinct, _ = _distinct(everything["text"].to_pylist())
@@ -267,7 +244,7 @@ def recent_queries(path: Path) -> tuple[list[str], int, int]:
     """
     texts: list[object] = []
     for file in _files(path):
-        table = _file_table(file)
+        table = file_table(file)
         name = next((name for name in TEXT_COLUMNS if name in table.column_names), None)
         if name is None:
             raise DataError(

@@ -11,7 +11,7 @@ loses nothing but the requests in flight.
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from string import Formatter
 
@@ -21,10 +21,12 @@ from prefect import task
 from conf.errors import DataError
 from conf.llms import LLM, Generation
 from conf.load import config_digest
+from conf.schema import LOCAL, Compute
 from tasks.asking import Asking, Request
 from tasks.endpoints import model_identity, serving_endpoint
 from tasks.journal import open_journal, recover_journals
 from tasks.progress import progress
+from tasks.shards import ask_in_shards, recover_shards
 from tasks.warehouse import Snapshot, Warehouse
 
 FIELDS = ("text", "context")
@@ -52,6 +54,7 @@ def generate_responses(
     queries: Snapshot,
     llm: LLM,
     settings: Generation,
+    compute: Compute = LOCAL,
     *,
     spent_usd: float = 0.0,
 ) -> GenerationReport:
@@ -63,6 +66,7 @@ def generate_responses(
     """
     started = time.monotonic()
     recover_journals(warehouse)
+    recover_shards(warehouse, compute)
     prompts = prompt_table(queries, llm)
     warehouse.ingest("prompts", prompts.drop_columns(["prompt"]))
     requests = missing_requests(warehouse, prompts, settings.samples)
@@ -70,13 +74,11 @@ def generate_responses(
     wanted = sum(len(request.missing) for request in requests)
     asking = Asking(llm, settings, total=total, spent_usd=spent_usd)
     if requests:
-        with (
-            serving_endpoint(llm) as endpoint,
-            open_journal(warehouse) as write,
-            progress(f"Asking {llm.name}", wanted) as advance,
-        ):
-            asyncio.run(asking.ask_all(endpoint, requests, write, advance))
-        recover_journals(warehouse)
+        with progress(f"Asking {llm.name}", wanted) as advance:
+            if compute.kind == "ray":
+                ask_in_shards(warehouse, compute, asking, requests, advance)
+            else:
+                _ask_here(warehouse, asking, requests, advance)
     if asking.stopped_by is not None:
         raise asking.stopped_by
     return GenerationReport(
@@ -89,6 +91,17 @@ def generate_responses(
         lost_usd=asking.lost_usd,
         seconds=time.monotonic() - started,
     )
+
+
+def _ask_here(
+    warehouse: Warehouse,
+    asking: Asking,
+    requests: Sequence[Request],
+    advance: Callable[[int], None],
+) -> None:
+    with serving_endpoint(asking.llm) as endpoint, open_journal(warehouse) as write:
+        asyncio.run(asking.ask_all(endpoint, requests, write, advance))
+    recover_journals(warehouse)
 
 
 @task(task_run_name="collect responses")

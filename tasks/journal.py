@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -50,30 +51,16 @@ def open_journal(warehouse: Warehouse) -> Iterator[Callable[[Sequence[Row]], Non
 
     Durable against the end of this process in any way; raises StoreError when the disk is full.
     """
-    with _locked_new_file(_directory(warehouse)) as file:
-
-        def write(rows: Sequence[Row]) -> None:
-            line = json.dumps(list(rows)).encode() + b"\n"
-            start = file.tell()
-            try:
-                if file.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                file.truncate(start)  # so that a later line does not continue half of this one
-                file.seek(start)
-                raise StoreError(
-                    f"Writing {file.name} failed: {error}. Expected room on the disk. Free some "
-                    "space and run again; what was received before is kept."
-                ) from error
-
-        yield write
+    with new_journal(_directory(warehouse)) as file:
+        yield partial(append, file)
 
 
 @contextmanager
-def _locked_new_file(directory: Path) -> Iterator[FileIO]:
+def new_journal(directory: Path, prefix: str = "") -> Iterator[FileIO]:
+    """Yield a new file in ``directory``, locked: as long as it is open, nobody recovers it."""
     directory.mkdir(parents=True, exist_ok=True)
     while True:
-        path = directory / f"{time.time_ns()}-{os.getpid()}.jsonl"
+        path = directory / f"{prefix}{time.time_ns()}-{os.getpid()}.jsonl"
         with FileIO(path, "x") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             # Between opening and locking another process may have recovered and deleted it.
@@ -82,9 +69,42 @@ def _locked_new_file(directory: Path) -> Iterator[FileIO]:
                 return
 
 
-def recover_journals(warehouse: Warehouse) -> int:
-    """Ingest every journal that no process is writing; return how many rows were new."""
-    return sum(_recover(warehouse, path) for path in sorted(_directory(warehouse).glob("*.jsonl")))
+def append(file: FileIO, rows: Sequence[Row]) -> None:
+    """Write down ``rows`` as one line of a journal; raises StoreError when the disk is full."""
+    line = json.dumps(list(rows)).encode() + b"\n"
+    start = file.tell()
+    try:
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        file.truncate(start)  # so that a later line does not continue half of this one
+        file.seek(start)
+        raise StoreError(
+            f"Writing {file.name} failed: {error}. Expected room on the disk. Free some "
+            "space and run again; what was received before is kept."
+        ) from error
+
+
+def recover_journals(warehouse: Warehouse, directory: Path | None = None) -> int:
+    """Ingest every journal that no process is writing; return how many rows were new.
+
+    directory: where the journals lie; by default the warehouse's own.
+    """
+    folder = _directory(warehouse) if directory is None else directory
+    return sum(_recover(warehouse, path) for path in sorted(folder.glob("*.jsonl")))
+
+
+def response_table(rows: Sequence[Row]) -> pa.Table:
+    """Return rows as a journal is given them as rows of the responses table, latest ones only."""
+    dated = [{**row, "created_at": datetime.fromisoformat(row["created_at"])} for row in rows]
+    return _latest(dated)
+
+
+def written_table(paths: Sequence[Path]) -> pa.Table:
+    """Return what journals hold so far, damaged lines left out; the files stay as they are."""
+    lines = (line for path in paths for line in path.read_bytes().splitlines(keepends=True))
+    parsed = (_parsed(line) for line in lines if line.endswith(b"\n"))
+    return _latest([row for rows in parsed if rows is not None for row in rows])
 
 
 def _recover(warehouse: Warehouse, path: Path) -> int:
@@ -119,16 +139,28 @@ def _recover(warehouse: Warehouse, path: Path) -> int:
 
 
 def _ingest(warehouse: Warehouse, rows: Sequence[Row]) -> int:
-    """Add rows; what comes after a failure takes its place, and nothing that of an answer."""
+    return ingest_responses(warehouse, _latest(rows))
+
+
+def _latest(rows: Sequence[Row]) -> pa.Table:
+    """Return one row for each address: what comes after a failure, or else the first."""
     latest: dict[tuple[str, int], Row] = {}
     for row in rows:
         address = row["prompt_id"], row["sample_index"]
         if address not in latest or latest[address].get("error") is not None:
             latest[address] = row
-    if not latest:
+    return pa.Table.from_pylist(list(latest.values()), schema=SCHEMA)
+
+
+def ingest_responses(warehouse: Warehouse, arrived: pa.Table) -> int:
+    """Add responses, one for each address; return how many were new.
+
+    What comes after a failure takes its place, and nothing that of an answer.
+    """
+    if arrived.num_rows == 0:
         return 0
     with warehouse.connection() as con:
-        con.register("arrived", pa.Table.from_pylist(list(latest.values()), schema=SCHEMA))
+        con.register("arrived", arrived)
         con.execute(
             "DELETE FROM responses WHERE error IS NOT NULL AND (prompt_id, sample_index) IN "
             "(SELECT prompt_id, sample_index FROM arrived)"

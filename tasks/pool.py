@@ -3,6 +3,12 @@
 The scored responses of every two LLMs are battles; routers that compare any two LLMs learn from
 them, and `router_models/pool.py` turns their win rates into a choice for each query. Judged on
 queries the router has not seen, against every single LLM and the best mixture of two at its cost.
+
+Every router becomes a version of the pool's registered model, which chooses an LLM by name. The one
+with the most quality for its money is judged, and promoted under a simple rule: loaded in a clean
+process it makes the logged choices, and it is surely not worse than sending everything to the best
+single LLM that is not dearer. There is no comparison with the champion: the newest version that
+passes is the champion. A long file: the pool is learnt, judged and registered here.
 """
 
 import re
@@ -18,18 +24,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from prefect import task
 
-from conf.errors import DataError
-from conf.schema import Experiment
+from conf.errors import ArtifactError, DataError
+from conf.schema import Experiment, Gate, Store
 from router_models.catalog import Router, build_router
 from router_models.frontier import upper_hull
-from router_models.pool import PoolCurve, PoolOutcome, expected_quality, pool_curve, pool_outcomes
+from router_models.pool import (
+    PoolCurve,
+    PoolOutcome,
+    PoolPolicy,
+    expected_quality,
+    pool_curve,
+    pool_outcomes,
+)
 from router_models.statistics import Estimate, Interval, mean_interval
 from router_models.training_data import Comparisons
-from tasks import tracking
+from serving.score import win_rates_in_clean_process
+from tasks import gate, promotion, tracking
 from tasks.evaluation import flat
 from tasks.figures import COLOURS, GREY
-from tasks.progress import progress
-from tasks.registry import PREDICT_PARAMS, ROOT, requirements
+from tasks.gate import Check, Receipt
+from tasks.progress import progress, stage
+from tasks.registry import POOL_TAG, ROOT, Version, champion, log_receipt, requirements, tag_verdict
 from tasks.training import evaluation_folds, everything
 from tasks.warehouse import Snapshot, Warehouse
 
@@ -86,13 +101,30 @@ class PoolReport:
     margin: float
     singles: tuple[SingleLLM, ...]
     routers: tuple[RoutedPool, ...]
+    receipt: Receipt
+    """What the gate said of the best of the routers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One router's version, and what the gate asks of it."""
+
+    routed: RoutedPool
+    version: Version
+    over_single: Estimate
+    """As in the outcome, its interval at the gate's level."""
+    queries: pa.Table
+    """query_key, text and `served`, the LLM that the final router chooses."""
+    digest: str
+    """Of the table of judged queries."""
 
 
 @task(task_run_name="route among all LLMs")
 def route_pool(
     experiment: Experiment, queries: Snapshot, responses: Snapshot, scores: Snapshot, run_id: str
 ) -> PoolReport:
-    """Train the pool's routers, and judge what they choose for queries they have not seen."""
+    """Train the pool's routers, judge what they choose for queries they have not seen, and promote
+    the best one if it earns it."""
     assert experiment.pool is not None
     warehouse = Warehouse(experiment.store.directory)
     metric = experiment.quality.label_metric
@@ -121,10 +153,14 @@ def route_pool(
         for column, llm in enumerate(rated.llms)
     ]
     singles.sort(key=lambda single: (single.cost_usd_per_1000, single.llm))
-    routed = [
+    candidates = [
         _routed(experiment, settings, rated, judged, singles, run_id)
         for settings in experiment.pool_routers()
     ]
+    best = max(candidates, key=lambda one: one.over_single.value)
+    receipt = judge_pool(experiment, best)
+    if receipt.passed():
+        promotion.promote(experiment.store, receipt.model, receipt.version, why="passed the gate")
     return PoolReport(
         metric=metric,
         queries=len(judged),
@@ -132,8 +168,80 @@ def route_pool(
         unscored=queries.rows - rated.table.num_rows,
         margin=experiment.pool.margin,
         singles=tuple(singles),
-        routers=tuple(routed),
+        routers=tuple(one.routed for one in candidates),
+        receipt=receipt,
     )
+
+
+def judge_pool(experiment: Experiment, best: Candidate) -> Receipt:
+    """Hold a pool's version against the rule of the module's docstring and log its receipt."""
+    store, model = experiment.store, best.version.model
+    receipt = Receipt(
+        model=model,
+        version=best.version.version,
+        router=best.routed.router,
+        metric=experiment.quality.label_metric,
+        test_digest=best.digest,
+        queries=best.queries.num_rows,
+        checks=(reproduces_choices(store, best), no_worse_than_single(best.over_single)),
+        champion=champion(store, model),
+        notes=("A pool's version is not compared with the champion, which it replaces.",),
+    )
+    log_receipt(store, best.routed.run_id, receipt)
+    tag_verdict(store, best.version, receipt)
+    return receipt
+
+
+def reproduces_choices(store: Store, best: Candidate) -> Check:
+    """Check that the registered version, in a clean process, makes the logged choices."""
+    logged = best.queries["served"].to_pylist()
+    try:
+        with stage("Choosing in a clean process"):
+            # Without parameters, a pool's version answers with the names of LLMs.
+            found: list[Any] = [
+                *win_rates_in_clean_process(
+                    best.version.uri(),
+                    best.queries["text"].to_pylist(),
+                    tracking_uri=store.mlflow_uri(),
+                )
+            ]
+        same = sum(one == other for one, other in zip(logged, found, strict=False))
+        value = f"{same} of {len(logged)} queries go to the logged LLM"
+    except ArtifactError as error:
+        same, value = 0, gate.does_not_load(error, Gate()).value
+    return Check(
+        name="reproduces its choices",
+        value=value,
+        bound="all of them",
+        passed=same == len(logged),
+        complaint="does not reproduce its choices",
+        because="The registered version sends queries elsewhere than the router that was judged.",
+        advice=gate.REGISTER_ANEW,
+    )
+
+
+def no_worse_than_single(over_single: Estimate) -> Check:
+    """Check that a pool gives at least what the best single LLM that is not dearer gives.
+
+    ``over_single`` is the paired difference in quality, its interval of `gate.two_sided_level`.
+
+    >>> no_worse_than_single(Estimate(0.1, Interval(-0.01, 0.2))).passed
+    False
+    """
+    return Check(
+        name="not worse than a single LLM",
+        value=gate.shown(over_single, sign="+", digits=4),
+        bound="interval at 0 or above, in quality, at no higher cost",
+        passed=bool(over_single.interval.low >= 0),
+        complaint="not shown to be as good as a single LLM at its cost",
+        because="For its money, one LLM for all queries may give answers that are as good.",
+        advice="Ask more queries, or set another pool.margin. Until then serve that LLM.",
+    )
+
+
+def pool_model(experiment: Experiment) -> str:
+    """Return the name of the pool's registered model."""
+    return "pool-" + re.sub(r"[^\w.\-]", "-", experiment.name)
 
 
 def pool_queries(
@@ -254,26 +362,31 @@ def _routed(
     judged: np.ndarray,
     singles: Sequence[SingleLLM],
     parent_id: str,
-) -> RoutedPool:
-    """Train and judge one router in a run of its own, and register it."""
+) -> Candidate:
+    """Train and evaluate one router in a run of its own, and register it."""
     assert experiment.pool is not None
     store, evaluation, margin = experiment.store, experiment.evaluation, experiment.pool.margin
     quality, cost_usd = rated.quality()[judged], rated.cost_usd[judged]
     name = f"pool-{settings.name}"
-    tags = {"turnout.kind": settings.router, "turnout.pool": "all"}
+    tags = {"turnout.kind": settings.router, POOL_TAG: "all"}
     with tracking.child_run(store, parent_id, name, tags=tags) as run_id:
         tracking.log_params(
             store, run_id, settings.model_dump(mode="json") | {"pool.margin": margin}
         )
         expected, router = trained_pool(settings, rated, experiment)
-        (outcome,) = pool_outcomes(
-            expected,
-            quality,
-            cost_usd,
-            margins=[margin],
-            replicates=evaluation.replicates,
-            seed=experiment.seed,
-            level=evaluation.confidence,
+        # For people at the level they asked for; for the gate as the best of several.
+        tried = len(experiment.pool_routers())
+        outcome, strict = (
+            pool_outcomes(
+                expected,
+                quality,
+                cost_usd,
+                margins=[margin],
+                replicates=evaluation.replicates,
+                seed=experiment.seed,
+                level=level,
+            )[0]
+            for level in (evaluation.confidence, gate.two_sided_level(experiment.gate, tried))
         )
         tracking.log_metrics(store, run_id, _metrics(outcome, rated.llms))
         table = rated.table.take(judged).select(["query_key", "query_id", "text", "domain"])
@@ -284,14 +397,23 @@ def _routed(
                 "cost_usd": cost_usd,
             }.items():
                 table = table.append_column(f"{what}/{llm}", pa.array(values[:, column]))
+        costs = dict(zip(rated.llms, rated.cost_usd.mean(axis=0).tolist(), strict=True))
+        served = PoolPolicy(costs, margin=margin).choose(router, table["text"].to_pylist())
+        table = table.append_column("served", pa.array(served))
         snapshot = Warehouse(store.directory).write_snapshot("pool", table)
         client = tracking.client(store)
         client.log_artifact(run_id, str(snapshot.path), "pool")
         curve = pool_curve(expected, quality, cost_usd)
         figure = cost_quality(curve, outcome, singles, router=settings.name, experiment=experiment)
         client.log_figure(run_id, figure, "pool/cost_quality.png")
-        model = _register(experiment, settings, router, rated, run_id)
-    return RoutedPool(router=settings.name, run_id=run_id, model=model, outcome=outcome)
+        version = _register(experiment, settings, router, costs, table, run_id)
+    return Candidate(
+        routed=RoutedPool(settings.name, run_id, version.uri(), outcome),
+        version=version,
+        over_single=strict.over_single,
+        queries=table.select(["query_key", "text", "served"]),
+        digest=snapshot.digest,
+    )
 
 
 def _metrics(outcome: PoolOutcome, llms: Sequence[str]) -> dict[str, float]:
@@ -312,14 +434,19 @@ def per_1000(usd: Estimate) -> Estimate:
 
 
 def _register(
-    experiment: Experiment, settings: Any, router: Router, rated: PoolQueries, run_id: str
-) -> str:
-    """Register the final router with what its LLMs cost; no alias is moved: nothing judged it."""
+    experiment: Experiment,
+    settings: Any,
+    router: Router,
+    costs: Mapping[str, float],
+    table: pa.Table,
+    run_id: str,
+) -> Version:
+    """Register the final router with what its LLMs cost; by default it chooses as it was judged."""
     import mlflow
 
-    costs = dict(zip(rated.llms, rated.cost_usd.mean(axis=0).tolist(), strict=True))
-    example = rated.table["text"].to_pylist()[:2]
-    name = "pool-" + re.sub(r"[^\w.\-]", "-", experiment.name)
+    assert experiment.pool is not None
+    client, name = tracking.client(experiment.store), pool_model(experiment)
+    params = {"policy": "pool", "margin": experiment.pool.margin}
     with tempfile.TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
         router.save(Path(scratch, "router"))
         logged = mlflow.pyfunc.log_model(
@@ -327,15 +454,14 @@ def _register(
             python_model=ROOT / "serving" / "router_model.py",
             artifacts={"router": str(Path(scratch, "router"))},
             code_paths=[str(ROOT / "conf"), str(ROOT / "router_models")],
-            input_example=(example, PREDICT_PARAMS),
-            model_config={"cost_usd": costs},
+            input_example=(table["text"].to_pylist()[:2], params),
+            model_config={"cost_usd": dict(costs)},
             pip_requirements=requirements(settings),
-            registered_model_name=name,
         )
-    version = str(logged.registered_model_version)
-    for key, value in {"router": settings.name, "metric": experiment.quality.label_metric}.items():
-        tracking.client(experiment.store).set_model_version_tag(name, version, key, value)
-    return f"models:/{name}/{version}"
+        tags = {"router": settings.name, "metric": experiment.quality.label_metric}
+        version = mlflow.register_model(logged.model_uri, name, tags=tags)
+    client.set_registered_model_tag(name, POOL_TAG, "all")
+    return Version(name, str(version.version), run_id)
 
 
 def cost_quality(

@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from prefect import task
 from prefect.transactions import CommitMode, Transaction, transaction
@@ -24,6 +25,7 @@ from conf.schema import Store
 from serving.score import win_rates_in_clean_process
 from tasks import tracking
 from tasks.gate import Receipt
+from tasks.processes import is_gone, this_process
 from tasks.progress import stage
 from tasks.registry import (
     CHALLENGER,
@@ -142,7 +144,7 @@ def settle(store: Store, model: str) -> str:
     note = _pending(store, model)
     if note is None:
         return "nothing"
-    if note.process != tracking._this_process() and not tracking._is_gone(note.process):
+    if note.process != this_process() and not is_gone(note.process):
         raise StoreError(
             f"Version {note.after.champion} of {model} is being made the champion since {note.at}, "
             f"by process {note.process}. Expected one promotion at a time. Wait for it; if that "
@@ -162,11 +164,15 @@ def settle(store: Store, model: str) -> str:
 def smoke_test(store: Store, uri: str) -> None:
     """Load a version in a clean process and ask it something; raises ArtifactError if it fails."""
     with stage(f"Asking {uri}"):
-        rates = win_rates_in_clean_process(uri, SMOKE_QUERIES, tracking_uri=store.mlflow_uri())
-    if len(rates) != len(SMOKE_QUERIES) or not all(0 <= rate <= 1 for rate in rates):
+        answers: list[Any] = [
+            *win_rates_in_clean_process(uri, SMOKE_QUERIES, tracking_uri=store.mlflow_uri())
+        ]
+    # A version of a pool's model answers with an LLM's name.
+    good = all(answer if isinstance(answer, str) else 0 <= answer <= 1 for answer in answers)
+    if len(answers) != len(SMOKE_QUERIES) or not good:
         raise ArtifactError(
-            f"{uri} answers {len(SMOKE_QUERIES)} queries with {rates}. Expected a win rate between "
-            "0 and 1 for each. Train and register it anew."
+            f"{uri} answers {len(SMOKE_QUERIES)} queries with {answers}. Expected a win rate "
+            "between 0 and 1, or an LLM's name, for each. Train and register it anew."
         )
 
 
@@ -209,7 +215,7 @@ def check_may_be_promoted(store: Store, model: str, version: str, force: str | N
 
 def _note(before: Aliases, after: Aliases, why: str) -> Note:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Note(before, after, why, tracking._this_process(), now)
+    return Note(before, after, why, this_process(), now)
 
 
 def _pending(store: Store, model: str) -> Note | None:

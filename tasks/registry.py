@@ -39,6 +39,7 @@ CHALLENGER = "challenger"
 VERDICT_TAG = "gate"
 PASSED = "passed"
 RECEIPT_TAG = "gate.receipt"
+POOL_TAG = "turnout.pool"  # on the runs and the model of routers that choose among all LLMs
 REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "numpy", "scipy", "pydantic")
 # Routers that name the packaged encoder instead of keeping a copy of it.
 FROZEN_ENCODER = ("kernel_ridge", "knn", "mf", "sw_ranking")
@@ -177,7 +178,7 @@ def judge(
     )
     if against.champion is not None:
         arms[CHAMPION] = against.champion.win_rate
-    _log_receipt(store, router, receipt, arms, comparison)
+    _log_judgement(store, router, receipt, arms, comparison)
     if version.version != current:  # the champion keeps the evidence by which it became it
         _tag(experiment, comparison, router, version, receipt, training)
     return receipt
@@ -227,7 +228,7 @@ def _own_checks(
     return checks, {name: gate.shown(found) for name, found in apgr.items()}
 
 
-def _log_receipt(
+def _log_judgement(
     store: Store,
     router: TrainedRouter,
     receipt: Receipt,
@@ -242,10 +243,15 @@ def _log_receipt(
         metric=comparison.metric,
         title=receipt.title(),
     )
+    log_receipt(store, router.run_id, receipt)
+    tracking.client(store).log_figure(router.run_id, figure, "gate/comparison.png")
+
+
+def log_receipt(store: Store, run_id: str, receipt: Receipt) -> None:
+    """Put the receipt into the router's run, for people and for programs."""
     client = tracking.client(store)
-    client.log_text(router.run_id, receipt.to_json(), "gate/receipt.json")
-    client.log_text(router.run_id, receipt.to_markdown(), "gate/receipt.md")
-    client.log_figure(router.run_id, figure, "gate/comparison.png")
+    client.log_text(run_id, receipt.to_json(), "gate/receipt.json")
+    client.log_text(run_id, receipt.to_markdown(), "gate/receipt.md")
 
 
 def _notes(tried: int) -> list[str]:
@@ -276,10 +282,20 @@ def _tag(
         "metric": comparison.metric,
         "config_digest": config_digest(experiment),
         "data_digest": training.data_digest(),
-        "git_revision": run.data.tags.get("mlflow.source.git.commit", "unknown"),
+        "git_revision": run.data.tags.get(tracking.COMMIT_TAG, "unknown"),
+    }
+    for key, value in tags.items():
+        client.set_model_version_tag(version.model, version.version, key, value)
+    tag_verdict(experiment.store, Version(version.model, version.version, router.run_id), receipt)
+
+
+def tag_verdict(store: Store, version: Version, receipt: Receipt) -> None:
+    """Put on the version what the gate said, and in which run the receipt is."""
+    client = tracking.client(store)
+    tags = {
         VERDICT_TAG: PASSED if receipt.passed() else "rejected",
         "gate.failed": ", ".join(receipt.failures()) or "none",
-        RECEIPT_TAG: f"runs:/{router.run_id}/gate/receipt.md",
+        RECEIPT_TAG: f"runs:/{version.run_id}/gate/receipt.md",
     }
     for key, value in tags.items():
         client.set_model_version_tag(version.model, version.version, key, value)

@@ -34,6 +34,7 @@ from tasks import tracking
 from tasks.generation import prompt_table
 from tasks.queries import query_table
 from tasks.tables import size
+from tasks.training import PREDICTIONS, TRAINING_TAG
 from tasks.warehouse import Snapshot, Warehouse
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 DAY_S = 86_400
-PREDICTIONS = "predictions.parquet"
 WANTED = pa.schema([(name, pa.string()) for name in ("query_id", "llm", "prompt_id")])
 DOOMED = ".pruned"  # ending of a training folder that is being deleted
 
@@ -235,15 +235,17 @@ class Used:
     files: frozenset[Path]
     """Snapshots that are inputs of their runs."""
     trainings: frozenset[str]
-    """Digests of trainings that were registered."""
+    """Digests of trainings that were registered, or that the runs are about."""
     predictions: frozenset[str]
-    """Hashes of the predictions that the runs logged, by which their trainings are known."""
+    """Hashes of the predictions that runs of an earlier release logged, which name no training."""
 
     def training(self, folder: Path) -> bool:
         """Tell whether a training folder is among them."""
         predictions = folder / PREDICTIONS
         return folder.name in self.trainings or (
-            predictions.exists() and file_digest(predictions) in self.predictions
+            bool(self.predictions)
+            and predictions.exists()
+            and file_digest(predictions) in self.predictions
         )
 
 
@@ -254,15 +256,14 @@ def _used(store: Store, keep_runs: int) -> Used:
     versions = list(client.search_model_versions())
     runs = _last_runs(client, tracking.experiment_id(store), keep_runs)
     runs += [client.get_run(version.run_id) for version in versions if version.run_id]
+    named = [version.tags.get("training_digest") for version in versions]
+    named += [run.data.tags.get(TRAINING_TAG) for run in runs]
+    unnamed = [run for run in runs if TRAINING_TAG not in run.data.tags]
     return Used(
         files=frozenset(path for run in runs for path in _inputs(run)),
-        trainings=frozenset(
-            version.tags["training_digest"]
-            for version in versions
-            if "training_digest" in version.tags
-        ),
+        trainings=frozenset(digest for digest in named if digest is not None),
         predictions=frozenset(
-            digest for run in runs for digest in _logged_predictions(client, run.info.run_id)
+            digest for run in unnamed for digest in _logged_predictions(client, run.info.run_id)
         ),
     )
 

@@ -20,7 +20,7 @@ from prefect import task
 
 from conf.errors import DataError
 from conf.load import config_digest
-from conf.schema import BartScore, GoldMatch, QualityMetric
+from conf.schema import LOCAL, BartScore, Compute, GoldMatch, QualityMetric
 from router_models.packaged import smollm2_gguf
 from tasks.progress import progress
 from tasks.warehouse import Snapshot, Warehouse
@@ -42,6 +42,7 @@ def score_responses(
     queries: Snapshot,
     responses: Snapshot,
     settings: Sequence[QualityMetric],
+    compute: Compute = LOCAL,
 ) -> Snapshot:
     """Score every response under every metric; return query_key, llm, sample_index, metric, value.
 
@@ -51,7 +52,7 @@ def score_responses(
     for metric in settings:
         fingerprint = metric_fingerprint(metric)
         with _unscored(warehouse, queries, responses, fingerprint) as missing:
-            _score(warehouse, missing, metric, fingerprint)
+            _score(warehouse, missing, metric, fingerprint, compute)
     scores = (part for metric in settings for part in _scores(warehouse, responses, metric))
     return warehouse.write_snapshot("scores", scores)
 
@@ -99,28 +100,38 @@ def _unscored(
         yield path
 
 
-def _score(warehouse: Warehouse, missing: Path, metric: QualityMetric, fingerprint: str) -> None:
+def _score(
+    warehouse: Warehouse, missing: Path, metric: QualityMetric, fingerprint: str, compute: Compute
+) -> None:
     rows = pq.read_metadata(missing).num_rows
     if rows == 0:
         return
     compared_with = "gold" if isinstance(metric, GoldMatch) else "reference"
     _refuse_missing(warehouse, missing, compared_with, metric)
-    scorer: Scorer = gold_scorer if isinstance(metric, GoldMatch) else bartscorer(metric)
-    with (
-        progress(f"Scoring with {metric.name}", rows) as advance,
-        _written_in_time(warehouse, "scores") as write,
-    ):
-        for chunk in _chunks(missing):
-            values = scorer(chunk)
-            scores = chunk.select(["query_key", "prompt_id", "sample_index"])
-            for name, column in {
-                "fingerprint": [fingerprint] * len(values),
-                "metric": [metric.name] * len(values),
-                "value": np.asarray(values, dtype=np.float64),
-            }.items():
-                scores = scores.append_column(name, pa.array(column))
-            write(scores)
-            advance(chunk.num_rows)
+    with progress(f"Scoring with {metric.name}", rows) as advance:
+        if compute.kind == "ray":
+            from tasks.shards import score_in_shards
+
+            score_in_shards(warehouse, compute, missing, metric, fingerprint, advance)
+            return
+        scorer = metric_scorer(metric)
+        with _written_in_time(warehouse, "scores") as write:
+            for chunk in _chunks(missing):
+                write(scored(chunk, scorer, metric, fingerprint))
+                advance(chunk.num_rows)
+
+
+def scored(chunk: pa.Table, scorer: Scorer, metric: QualityMetric, fingerprint: str) -> pa.Table:
+    """Return rows of the scores table for a chunk of responses."""
+    values = np.asarray(scorer(chunk), dtype=np.float64)
+    scores = chunk.select(["query_key", "prompt_id", "sample_index"])
+    for name, column in {
+        "fingerprint": [fingerprint] * len(values),
+        "metric": [metric.name] * len(values),
+        "value": values,
+    }.items():
+        scores = scores.append_column(name, pa.array(column))
+    return scores
 
 
 @contextmanager
@@ -176,6 +187,11 @@ def metric_fingerprint(metric: QualityMetric) -> str:
 
     spec = ScorerSpec(direction=metric.direction, **_scorer_options(metric))
     return f"{spec.fingerprint()}:{config_digest([metric.source_form])}"
+
+
+def metric_scorer(metric: QualityMetric) -> Scorer:
+    """Return the scorer of a metric."""
+    return gold_scorer if isinstance(metric, GoldMatch) else bartscorer(metric)
 
 
 def gold_scorer(rows: pa.Table) -> list[float]:

@@ -38,6 +38,8 @@ VALIDATION_PERCENT = 15
 NOTES = "training.json"
 EMBEDDINGS = "embeddings"
 PREDICTIONS = "predictions.parquet"
+# On a router's run: the digest of the training it describes, which its folder is called after.
+TRAINING_TAG = "turnout.training_digest"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def train_router(
     tags = {"turnout.pair": queries.pair.name(), "turnout.kind": settings.router}
     with tracking.child_run(store, parent_id, settings.name, tags=tags) as run_id:
         digest = training_digest(queries, settings, evaluation, seed, battles, served)
+        tracking.set_tags(store, run_id, {TRAINING_TAG: digest})
         directory = store.directory / "training" / digest
         reused = directory.exists()
         if not reused:

@@ -14,8 +14,8 @@ from scripted_llm import ScriptedLLM, Step
 
 from conf.errors import ConfigError, EndpointError
 from conf.load import load_experiment
-from conf.schema import Experiment
-from flows import cli
+from conf.schema import Experiment, PreferenceExperiment
+from flows import cli, pipeline
 from flows.deploy import (
     FULL_NAME,
     PREFECT_YAML,
@@ -29,6 +29,8 @@ from flows.deploy import (
 )
 from flows.drift import retrained
 from flows.retrain import retrain
+from tasks import tracking
+from tasks.registry import judge
 
 QUERIES, SAMPLES = 60, 2
 
@@ -133,9 +135,27 @@ def test_mistakes_are_told_before_anything_is_deployed(prefect_server: None) -> 
         with pytest.raises(ConfigError, match=r"No Prefect server.*\$PREFECT_API_URL"):
             deploy(experiment())
         assert start_retrain(experiment()) is None
-    arguments = cli.parser().parse_args(["deploy", "--config", "routellm_paper"])
-    with pytest.raises(ConfigError, match="learns from battles"):
-        arguments.command(arguments)
+
+
+def test_an_experiment_on_battles_is_deployed_with_a_form_of_its_own(
+    clean_server: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["deploy", "--config", "routellm_paper", "--pool", "deploy-test", "seed=9"]
+    arguments = cli.parser().parse_args(command)
+    assert arguments.command(arguments) == 0
+    assert "deployment retrain/retrain of experiment routellm_paper" in capsys.readouterr().out
+    wanted = load_experiment("routellm_paper", ("seed=9",))
+    with server() as client:
+        found = deployed(client)
+        assert found is not None
+        assert PreferenceExperiment.model_validate(found.parameters["experiment"]) == wanted
+        bad = {"experiment": {**found.parameters["experiment"], "evaluation": {"replicates": 0}}}
+        with pytest.raises(PrefectHTTPStatusError, match="replicates"):
+            client.create_flow_run_from_deployment(found.id, parameters=bad)
+    assert start_retrain(wanted) is not None
+    # Deploying the other kind changes the form with it.
+    assert deploy(experiment(), pool="deploy-test").replaced == "routellm_paper"
+    assert start_retrain(experiment()) is not None
 
 
 def test_drift_starts_the_deployment_of_the_same_experiment(clean_server: None) -> None:
@@ -174,15 +194,32 @@ def scripted(store: Path, urls: tuple[str, str]) -> Experiment:
 
 @pytest.mark.slow
 def test_a_retried_run_asks_and_trains_nothing_again(
-    store_directory: Path, prefect_server: None
+    store_directory: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The strong LLM refuses the key once: the run fails when the weak one has answered everything.
+    # Then it fails when everything is trained and compared.
+    broken = [OSError("the disk is full")]
+
+    def judged(*arguments: Any) -> Any:
+        if broken:
+            raise broken.pop()
+        return judge(*arguments)
+
+    monkeypatch.setattr(pipeline, "judge", judged)
     with ScriptedLLM() as weak, ScriptedLLM(steps=[Step(status=401)]) as strong:
         settings = scripted(store_directory, (weak.url, strong.url))
-        again = retrain.with_options(retries=1, retry_delay_seconds=0)
+        again = retrain.with_options(retries=2, retry_delay_seconds=0)
         state = again(settings, return_state=True)
         assert state.name == "Rejected"
         assert weak.answers() == strong.answers() == QUERIES * SAMPLES
+        assert not broken
+        # All three attempts are one run in MLflow, with one child for each router.
+        runs = tracking.client(settings.store).search_runs([tracking.experiment_id(settings.store)])
+        tags = [run.data.tags for run in runs]
+        parents = [run for run in runs if tracking.PARENT_TAG not in run.data.tags]
+        children = [own[tracking.ROUTER_TAG] for own in tags if tracking.PARENT_TAG in own]
+        assert [run.info.status for run in parents] == ["FINISHED"]
+        assert len(set(children)) == len(children) > 0
         trained = {
             path: path.stat().st_mtime_ns for path in (store_directory / "training").rglob("*.json")
         }

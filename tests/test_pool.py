@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from pydantic import ValidationError
 
-from conf.errors import ConfigError, DataError
+from conf.errors import ArtifactError, ConfigError, DataError, StoreError
 from conf.routers import Knn, Length, MatrixFactorization, SimilarityWeighted, Trainer
 from conf.schema import Evaluation, Experiment, Pool, Store
+from flows.promote import registered_model
 from router_models.catalog import build_router
 from router_models.pool import (
+    PoolOutcome,
     PoolPolicy,
     best_mix,
     best_single,
@@ -25,9 +27,21 @@ from router_models.pool import (
     pool_curve,
     pool_outcomes,
 )
+from router_models.statistics import Estimate, Interval
 from router_models.training_data import Comparisons
-from tasks import tracking
-from tasks.pool import pool_battles, pool_queries, route_pool
+from tasks import pool, promotion, tracking
+from tasks.calibration_data import logged_router
+from tasks.judged_runs import receipts
+from tasks.pool import (
+    Candidate,
+    RoutedPool,
+    no_worse_than_single,
+    pool_battles,
+    pool_queries,
+    route_pool,
+)
+from tasks.promotion import Aliases
+from tasks.registry import Version
 from tasks.reporting import Leaderboard, RunReport, pool_page, publish_pool
 from tasks.warehouse import Snapshot, Warehouse
 
@@ -297,9 +311,13 @@ def test_battles_are_the_shares_of_pairs_of_samples(tmp_path: Path) -> None:
         pool_queries(warehouse, *stored(warehouse), llms=LLMS, metric="bart")
 
 
-def test_three_llms_become_a_registered_pool(store_directory: Path) -> None:
+def test_three_llms_become_a_registered_pool(
+    store_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow
 
+    # The gate asks the version in a clean process; the promotion would start two more.
+    monkeypatch.setattr(promotion, "smoke_test", lambda store, uri: None)
     store = Store(directory=store_directory)
     asked, warehouse = experiment(store), Warehouse(store_directory)
     with tracking.parent_run(asked) as run_id:
@@ -322,13 +340,25 @@ def test_three_llms_become_a_registered_pool(store_directory: Path) -> None:
     logged = {item.path for item in client.list_artifacts(routed.run_id, "pool")}
     assert "pool/cost_quality.png" in logged
 
-    # The registered version gives win rates, and with parameters the LLM of each query.
+    # It was judged by its own rule, and is the champion of a model that is no pair's.
+    receipt = report.receipt
+    assert receipt.passed(), receipt.to_markdown()
+    assert receipt.checks[0].value.startswith(f"{report.queries} of {report.queries} queries go")
+    assert promotion.aliases(store, "pool-three") == Aliases("pool-three", champion="1")
+    assert [kept.verdict() for kept in receipts(store, [routed.run_id])] == ["promoted"]
+    assert registered_model(asked, "pool-three") == "pool-three"
+    assert registered_model(asked, None) == "small--large"
+    with pytest.raises(StoreError, match=r"No registered model .* has the alias 'champion'"):
+        logged_router(store, "champion")
+
+    # The registered version chooses as it was judged, and with a parameter gives win rates.
     model = mlflow.pyfunc.load_model(routed.model)
-    rates = model.predict(PROMPTS[:30])
+    rates = model.predict(PROMPTS[:30], params={"policy": "win_rate"})
     assert all(0 < rate < 1 for rate in rates)
-    named = model.predict(PROMPTS[:30], params={"policy": "pool", "margin": 0.1})
+    named = model.predict(PROMPTS[:30])
     assert len(named) == 30
     assert set(named) <= set(LLMS)
+    assert named == model.predict(PROMPTS[:30], params={"policy": "pool", "margin": 0.1})
     cheapest = model.predict(PROMPTS[:30], params={"policy": "pool", "margin": 1.0})
     assert set(cheapest) == {"small"}
     free = mlflow.pyfunc.load_model(
@@ -341,6 +371,45 @@ def test_three_llms_become_a_registered_pool(store_directory: Path) -> None:
     costless = mlflow.pyfunc.load_model(routed.model, model_config={"cost_usd": {}})
     with pytest.raises(Exception, match="without the cost of its LLMs"):
         costless.predict(PROMPTS[:2], params={"policy": "pool"})
+
+
+def test_a_pool_that_is_not_shown_to_be_as_good_is_not_promoted() -> None:
+    def over_single(low: float) -> Estimate:
+        return Estimate(0.02, Interval(low, 0.1))
+
+    assert no_worse_than_single(over_single(0.0)).passed
+    worse = no_worse_than_single(over_single(-0.001))
+    assert not worse.passed
+    assert worse.complaint == "not shown to be as good as a single LLM at its cost"
+
+
+def test_a_pool_that_chooses_otherwise_or_not_at_all_is_not_promoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = Estimate(0.0, Interval(0.0, 0.0))
+    best = Candidate(
+        routed=RoutedPool(
+            "knn", "run", "models:/pool-three/1", PoolOutcome(0.1, none, none, none, none, (1.0,))
+        ),
+        version=Version("pool-three", "1", "run"),
+        over_single=none,
+        queries=pa.table({"text": PROMPTS[:3], "served": ["small", "large", "large"]}),
+        digest="abc",
+    )
+
+    def answer(uri: str, queries: Any, *, tracking_uri: str) -> list[str]:
+        return ["small", "large", "small"]
+
+    def fail(uri: str, queries: Any, *, tracking_uri: str) -> list[str]:
+        raise ArtifactError(f"{uri} does not load. Expected a router. Register it anew.")
+
+    monkeypatch.setattr(pool, "win_rates_in_clean_process", answer)
+    check = pool.reproduces_choices(Store(directory=tmp_path), best)
+    assert (check.value, check.passed) == ("2 of 3 queries go to the logged LLM", False)
+    monkeypatch.setattr(pool, "win_rates_in_clean_process", fail)
+    check = pool.reproduces_choices(Store(directory=tmp_path), best)
+    assert not check.passed
+    assert "models:/pool-three/1 does not load" in check.value
 
 
 def test_a_pool_that_nobody_can_choose_from_is_refused(tmp_path: Path) -> None:

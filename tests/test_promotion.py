@@ -11,35 +11,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import demonstration
 import mlflow
 import numpy as np
-import pyarrow as pa
 import pytest
 from mlflow import MlflowClient
-from prefect import flow
 
-import flows.retrain
+import flows.pipeline
 from conf.errors import ArtifactError, ConfigError, StoreError
 from conf.llms import Pair
 from conf.load import load_experiment
-from conf.routers import Knn, Random
+from conf.routers import Random
 from conf.schema import Experiment, Store
 from flows.promote import promote as promote_flow
 from flows.promote import registered_model
 from flows.promote import rollback as rollback_flow
-from flows.retrain import outcome
+from flows.retrain import outcome, retrain
 from router_models.controls import RandomRouter
 from router_models.training_data import Comparisons
 from tasks import promotion, tracking
-from tasks.controls import Training
-from tasks.evaluation import compare_routers
 from tasks.gate import Check, Receipt
-from tasks.labelling import RatedQueries
-from tasks.promotion import NOTE, Aliases, aliases, carry_out, promote, rollback
-from tasks.registry import CHALLENGER, ROOT, judge, register_router
+from tasks.promotion import NOTE, Aliases, aliases, promote, rollback
+from tasks.registry import CHALLENGER, ROOT
 from tasks.reporting import Leaderboard, PairReport, RunReport
-from tasks.training import train_router
-from tasks.warehouse import Warehouse
 
 MODEL = "small--large"
 
@@ -155,8 +149,13 @@ def test_a_champion_that_fails_after_is_undone(
 
 def test_one_promotion_at_a_time(store: Store, answering: list[str]) -> None:
     promote(store, MODEL, "1", why="first")
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        process = f"{os.uname().nodename} {other.pid} {tracking._started(other.pid)}"
+    says = "from tasks.processes import this_process as p; print(p(), flush=True); input()"
+    command = [sys.executable, "-c", says]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        process = other.stdout.readline().strip()
         before = aliases(store, MODEL)
         note = promotion.Note(before, before.promoted("2"), "better", process, "now")
         tracking.client(store).set_registered_model_tag(MODEL, NOTE, note.to_json())
@@ -325,7 +324,7 @@ def test_the_pair_is_named_where_there_are_several(store: Store) -> None:
     mine = experiment(store)
     two = mine.model_copy(update={"pairs": (*mine.pairs, Pair(weak="large", strong="small"))})
     assert registered_model(mine, None) == registered_model(two, MODEL) == MODEL
-    with pytest.raises(ConfigError, match="has 2 pairs: small--large, large--small"):
+    with pytest.raises(ConfigError, match="has 2 registered models: small--large, large--small"):
         registered_model(two, None)
     with pytest.raises(ConfigError, match="Did you mean 'small--large'"):
         registered_model(two, "small-large")
@@ -342,8 +341,8 @@ def test_a_retrained_state_says_what_came_of_it(
     state = outcome(report)
     assert (state.name, state.is_completed()) == ("Rejected", True)
     assert state.message == "small--large version 2: rejected: too slow"
-    monkeypatch.setattr(flows.retrain, "pipeline", lambda experiment: report)
-    assert flows.retrain.retrain(experiment(store)) == report
+    monkeypatch.setattr(flows.pipeline, "pipeline", lambda experiment: report)
+    assert retrain(experiment(store)) == report
 
 
 def paired(version: str, *, passed: bool) -> PairReport:
@@ -364,106 +363,30 @@ def paired(version: str, *, passed: bool) -> PairReport:
     )
 
 
-KNN = Knn(neighbours=(1, 5, 10), temperatures=(0.05,), prior_counts=(1.0,))
-EASY, HARD = "What is the capital of", "Prove by induction a theorem about"
-
-
-def queries(*, right: float, leak: bool = False) -> pa.Table:
-    """Return 130 queries to train on and 120 to test on, half of them hard.
-
-    ``right`` is the share of training queries whose outcome is what the query deserves; ``leak``
-    puts 110 of the test queries, with their outcomes, into the training data.
-    """
-    rng = np.random.default_rng(3)
-    names = [f"{first}{second}" for first in "BDFGKLMNPRSTV" for second in ("ar", "el", "in", "ox")]
-    texts = [
-        f"{HARD if number % 2 else EASY} {names[number % 52]}{names[number // 5]}"
-        for number in range(250)
-    ]
-    hard = np.arange(250) % 2 == 1
-    hard[:130] ^= rng.uniform(size=130) > right
-    weak = np.where(hard, 0.2, 0.8) + rng.normal(0, 0.05, 250)
-    table = pa.table(
-        {
-            "query_key": [f"key-{number}" for number in range(250)],
-            "query_id": [f"{number:03}" for number in range(250)],
-            "text": texts,
-            "domain": ["any"] * 250,
-            "split": ["train"] * 110 + ["validation"] * 20 + ["test"] * 120,
-            "weak_quality": weak,
-            "strong_quality": 0.85 + rng.normal(0, 0.05, 250),
-            "probabilistic": np.clip(weak, 0, 1),
-        }
-    )
-    if leak:
-        copied = table.slice(130, 110)
-        for position, name in enumerate(("query_key", "query_id")):
-            renamed = pa.array([f"copy-{number}" for number in range(110)])
-            copied = copied.set_column(position, name, renamed)
-        copied = copied.set_column(4, "split", pa.array(["train"] * 110))
-        table = pa.concat_tables([copied, table.slice(110)]).sort_by("query_id")
-    return table
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_life_of_a_router(
-    store_directory: Path, answering: list[str], prefect_server: None
+    tmp_path: Path, store_directory: Path, answering: list[str], prefect_server: None
 ) -> None:
     """Promoted; the same again, rejected; with a leak, rejected; better, promoted; rolled back."""
-    mine = experiment(Store(directory=store_directory))
-    mine = mine.model_copy(
-        update={
-            "evaluation": mine.evaluation.model_copy(
-                update={"min_test_queries": 100, "replicates": 500}
-            ),
-            "gate": mine.gate.model_copy(update={"max_latency_ms": 5_000.0}),
-        }
+    quicker = (
+        f"store.directory={store_directory}",  # MLflow's database is there already
+        "routers=[{router: knn}]",
+        "evaluation.replicates=200",
+        "gate.max_latency_ms=5000",  # other tests may keep the machine busy
     )
-    store = mine.store
+    with demonstration.scripted_pair() as urls:
+        demonstration.prepare(tmp_path, urls)
+        chapters = [*demonstration.story(tmp_path, *quicker)]
+    for number, chapter in enumerate(chapters, start=1):
+        assert not chapter.departures(), demonstration.chapter_page(chapter, number)
+    first, again, leaked, better = (chapter.receipt for chapter in chapters if chapter.receipt)
+    # What looks like the best version of all is the one with the leak.
+    assert again.version == first.version == "1"
+    assert leaked.arms["candidate"] > better.arms["candidate"] > first.arms["candidate"]
 
-    @flow
-    def retrained(right: float, leak: bool = False) -> Receipt:
-        pair = mine.pairs[0]
-        labels = Warehouse(store.directory).write_snapshot(
-            "labels", queries(right=right, leak=leak)
-        )
-        rated = RatedQueries(pair, labels)
-        with tracking.parent_run(mine) as run:
-            trained = [
-                train_router(store, rated, KNN, evaluation=mine.evaluation, seed=1, parent_id=run)
-            ]
-            comparison = compare_routers(
-                *(store, rated, trained, None),
-                metric="gold",
-                settings=mine.evaluation,
-                seed=1,
-                parent_id=run,
-            )
-            training = Training(store, rated, mine.evaluation, 1, run)
-            version = register_router(store, comparison, trained[0], training)
-            receipt = judge(mine, comparison, trained, version, training)
-            carry_out(store, version, receipt)
-        return receipt
-
-    first = retrained(0.75)
-    assert first.summary() == "promoted", first.to_markdown()
-    assert aliases(store, MODEL) == Aliases(MODEL, champion="1")
-
-    again = retrained(0.75)
-    assert again.version == "1"
-    assert again.summary() == "rejected: not better than champion", again.to_markdown()
-    client = tracking.client(store)
+    client = tracking.client(Store(directory=store_directory))
     assert client.get_model_version(MODEL, "1").tags["gate"] == "passed"
-
-    leaked = retrained(0.75, leak=True)
-    assert "chance on shuffled outcomes" in leaked.failures(), leaked.to_markdown()
-    assert "no test prompt in training" in leaked.failures()
-    assert aliases(store, MODEL).champion == "1"
-
-    better = retrained(1.0)
-    assert better.summary() == "promoted", better.to_markdown()
-    assert aliases(store, MODEL) == Aliases(MODEL, better.version, "1")
     tags = client.get_model_version(MODEL, better.version).tags
     assert {
         "config_digest",
@@ -475,5 +398,3 @@ def test_the_life_of_a_router(
     run_id = str(client.get_model_version(MODEL, better.version).run_id)
     logged = {item.path for item in client.list_artifacts(run_id, "gate")}
     assert logged == {"gate/receipt.json", "gate/receipt.md", "gate/comparison.png"}
-
-    assert rollback_flow(mine).champion == "1"

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from conf.errors import ConfigError
 from conf.llms import LLM, Decoding, Endpoint, Pair
 from conf.load import bundled, config_digest, load_experiment
-from conf.schema import Store
+from conf.schema import AnyExperiment, PreferenceExperiment, Store
 
 
 @pytest.mark.parametrize("name", bundled())
@@ -16,6 +16,31 @@ def test_bundled_experiments_load(name: str) -> None:
     experiment = load_experiment(name)
     assert experiment.name == name
     assert experiment.pairs
+
+
+@pytest.mark.parametrize("name", bundled())
+def test_what_a_bundled_experiment_is_dumped_as_is_loaded_again(name: str) -> None:
+    experiment = load_experiment(name)
+    any_experiment: TypeAdapter[AnyExperiment] = TypeAdapter(AnyExperiment)
+    for mode in ("json", "python"):
+        # As a run logs it, with what is derived; and as a deployment keeps it, without.
+        for round_trip in (False, True):
+            dump = experiment.model_dump(mode=mode, round_trip=round_trip)
+            assert any_experiment.validate_python(dump) == experiment
+            assert type(experiment).model_validate(dump) == experiment
+    assert any_experiment.validate_json(experiment.model_dump_json()) == experiment
+    assert config_digest(any_experiment.validate_python(dump)) == config_digest(experiment)
+
+
+def test_a_dump_that_contradicts_itself_is_refused() -> None:
+    dump = load_experiment("routellm_paper").model_dump(mode="json")
+    bad = {**dump, "pairs": [{"weak": "other", "strong": "LLMs"}]}
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        PreferenceExperiment.model_validate(bad)
+    # Of the two kinds of experiment, only the one that is meant is spoken of.
+    with pytest.raises(ValidationError, match="1 validation error") as refused:
+        TypeAdapter(AnyExperiment).validate_python({**dump, "seed": "many"})
+    assert "Experiment.llms" not in str(refused.value)
 
 
 def test_paper_experiment_is_the_papers() -> None:
