@@ -2,18 +2,21 @@
 
 A check is a plain function of what was measured that returns a `Check`; `tasks.registry.judge`
 does the measuring. Rejecting is a normal outcome: the receipt says which check failed, with its
-value and its bound. What is undefined (no quality gap, a missing number) never passes.
+value and its bound, what that means, and what to do. What is undefined (no quality gap, a missing
+number) never passes.
 
 The candidate is the best of several routers on the very queries it is judged on. So its intervals
 are widened as if each of those routers had been tested (Bonferroni): `two_sided_level`,
 `promotion_level`. How often the rule against the champion errs is simulated by
 benchmarks/gate_error_rates.py.
+
+A long file: what a check says to people stands beside what it decides.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,6 +27,26 @@ from router_models.statistics import Estimate, interval, resamples
 
 # Shares of strong calls at which a router is held against random; all of 0 and 1 cost the same.
 MATCHED_COSTS = np.arange(1, 10) / 10
+
+# What to do about checks that are not met, where several have the same cause.
+LEARN_MORE = (
+    "Train on more queries, or ask for more answers to each. Where the strong LLM is hardly any "
+    "better, no router helps."
+)
+FIND_THE_LEAK = (
+    "Find how evaluated queries came into the training data, take them out and retrain. Until then "
+    "believe no figure of this version."
+)
+REGISTER_ANEW = "Compare the installed packages with the version's requirements, and retrain."
+KEEP_THE_CHAMPION = (
+    "Nothing has to be done: the champion serves on. To replace it, train on more queries, or on "
+    "kinds of queries that were missing."
+)
+WHAT_IS_APGR = (
+    "APGR is the share of the quality gap between weak and strong LLM that a router recovers, "
+    "averaged over all shares of strong calls. Random has 0.5; the oracle knows the outcomes, and "
+    "no router can have more."
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +59,10 @@ class Check:
     passed: bool
     complaint: str = ""
     """What the verdict says where it is not met; by default the name."""
+    because: str = ""
+    """What it means, in a sentence, that it is not met."""
+    advice: str = ""
+    """What to do about it."""
 
 
 @dataclass(frozen=True)
@@ -86,27 +113,65 @@ class Receipt:
         )
 
     def to_markdown(self) -> str:
-        """Return the receipt as a page for people."""
+        """Return the receipt as a page for people: the verdict, why, what to do, the evidence."""
         against = f"version {self.champion}" if self.champion else "no champion yet"
-        lines = [
-            f"# {self.title()}",
-            "",
-            f"Router `{self.router}`, judged by `{self.metric}` on {self.queries} queries "
-            f"(test digest `{self.test_digest}`), against {against}.",
-            "",
-            "| check | value | bound | verdict |",
-            "|---|---|---|---|",
+        rows = [
+            (check.name, check.value, check.bound, "met" if check.passed else "**not met**")
+            for check in self.checks
         ]
-        for check in self.checks:
-            verdict = "met" if check.passed else "**not met**"
-            lines.append(f"| {check.name} | {check.value} | {check.bound} | {verdict} |")
+        parts = [
+            f"# {self.verdict().capitalize()}: {self.model} version {self.version}",
+            self._why(),
+            f"**Next:** {' '.join(self.next_steps())}",
+            f"Router `{self.router}` against {against}, judged by `{self.metric}` on "
+            f"{self.queries} queries (test digest `{self.test_digest}`).",
+            _table(("check", "measured", "needed", "verdict"), rows),
+        ]
         if self.arms:
-            lines += ["", "| on the same queries | APGR |", "|---|---|"]
-            lines += [f"| {name} | {apgr} |" for name, apgr in self.arms.items()]
+            parts += [_table(("on the same queries", "APGR"), [*self.arms.items()]), WHAT_IS_APGR]
+        if self.notes:
+            parts.append("\n".join(f"- {note}" for note in self.notes))
+        return "\n\n".join(parts) + "\n"
+
+    def _why(self) -> str:
+        """Return what the verdict changes and, for a rejection, what each failed check means."""
+        if self.passed():
+            place = f" in place of version {self.champion}" if self.champion else ""
+            return f"All {len(self.checks)} checks are met. It becomes the champion{place}."
+        failed = [check for check in self.checks if not check.passed]
+        if self.is_champion():
+            stays = "It is the champion already, and stays it."
+        elif self.champion:
+            stays = f"Version {self.champion} stays the champion."
+        else:
+            stays = "There is still no champion."
         if self.challenger:
-            lines += ["", "It is sound and may yet prove better: it becomes the challenger."]
-        lines += ["", *(f"- {note}" for note in self.notes)] if self.notes else []
-        return "\n".join(lines) + "\n"
+            stays += " It is sound and may yet prove better: it becomes the challenger."
+        lines = [
+            f"- **{_capital(check.complaint or check.name)}.** {check.because}".rstrip()
+            for check in failed
+        ]
+        counted = f"{len(failed)} of {len(self.checks)} checks {_is_or_are(len(failed))} not met. "
+        return f"{counted}{stays}\n\n" + "\n".join(lines)
+
+    def next_steps(self) -> list[str]:
+        """Return what to do now."""
+        if self.passed():
+            back = f" `turnout rollback` brings version {self.champion} back."
+            return [f"Load it as `models:/{self.model}@champion`.{back if self.champion else ''}"]
+        failed = [check for check in self.checks if not check.passed]
+        if self.is_champion() and len(failed) == 1:
+            return ["Nothing has to be done. Retrain when there are new queries or answers."]
+        found = list(dict.fromkeys(check.advice for check in failed if check.advice))
+        if FIND_THE_LEAK in found:  # nothing else can be judged before
+            return [FIND_THE_LEAK]
+        if len(found) > 1 and KEEP_THE_CHAMPION in found:  # there is something to be done
+            found.remove(KEEP_THE_CHAMPION)
+        return found or ["Correct what is not met, and retrain."]
+
+    def is_champion(self) -> bool:
+        """Tell whether it was held against itself: training gave the champion again."""
+        return self.champion == self.version
 
 
 def two_sided_level(settings: Gate, tried: int) -> float:
@@ -138,6 +203,8 @@ def above_chance(apgr: Estimate, settings: Gate) -> Check:
         bound=f"interval above {settings.min_apgr:g}",
         passed=bool(apgr.interval.low > settings.min_apgr),
         complaint="not above chance",
+        because="It is not sure that it chooses better than a coin.",
+        advice=LEARN_MORE,
     )
 
 
@@ -145,10 +212,12 @@ def beats_random(gain: Estimate) -> Check:
     """Check that the quality above random's at matched cost (`matched_cost_gain`) is sure."""
     return Check(
         name="beats random at matched cost",
-        value=shown(gain, sign="+", digits=4),
+        value=shown(gain, sign="+"),
         bound="interval above 0, in quality",
         passed=bool(gain.interval.low > 0),
         complaint="does not beat random",
+        because="For as many strong calls, it is not sure that answers are better than random's.",
+        advice=LEARN_MORE,
     )
 
 
@@ -160,10 +229,12 @@ def not_beaten_by_knn(advantage: Estimate | None, settings: Gate) -> Check:
     """
     return Check(
         name="not beaten by kNN",
-        value="it is kNN itself" if advantage is None else f"kNN {shown(advantage, sign='+')}",
+        value="it is kNN" if advantage is None else f"kNN ahead by {shown(advantage, sign='+')}",
         bound=f"interval reaches {settings.knn_tolerance:g} or below",
         passed=advantage is None or bool(advantage.interval.low <= settings.knn_tolerance),
         complaint="beaten by kNN",
+        because="Looking up a query's nearest neighbours chooses surely better than this router.",
+        advice="Add a router of kind knn to the experiment: it is judged next time.",
     )
 
 
@@ -178,19 +249,24 @@ def chance_on_shuffled(apgr: Estimate) -> Check:
         bound="interval reaches 0.5 or below",
         passed=bool(apgr.interval.low <= 0.5),
         complaint="leak: shuffled outcomes are predicted better than by chance",
+        because="Its twin was trained on outcomes dealt out at random, which nobody can predict. "
+        "It predicts them in the test all the same, so it has met the test in training.",
+        advice=FIND_THE_LEAK,
     )
 
 
 def no_duplicates(duplicates: Sequence[str], evaluated: int, settings: Gate) -> Check:
     """Check that few of the distinct evaluated prompts stand in the training data too."""
     share = len(duplicates) / evaluated if evaluated else float("nan")
-    example = f", such as {_cell(duplicates[0])}" if duplicates else ""
+    example = f', such as "{_cell(duplicates[0])[:80]}"' if duplicates else ""
     return Check(
         name="no test prompt in training",
-        value=f"{len(duplicates)} of {evaluated} ({share:.1%}){example}",
+        value=f"{len(duplicates) or 'none'} of {evaluated} prompts ({share:.1%}){example}",
         bound=f"at most {settings.max_duplicate_share:.1%}",
         passed=share <= settings.max_duplicate_share,
         complaint="leak: test prompts in the training data",
+        because="It has seen queries that it is judged on, and may only remember them.",
+        advice=FIND_THE_LEAK,
     )
 
 
@@ -204,10 +280,12 @@ def better_than_champion(gain: Estimate, settings: Gate, *, queries: int) -> Che
     return Check(
         name="better than the champion",
         value=shown(gain, sign="+") + few,
-        bound=f"at least {settings.min_gain:+g}, interval above {0 - settings.margin:g}, "
+        bound=f"{settings.min_gain:+g} APGR or more, interval above {0 - settings.margin:g}, on "
         f"{settings.min_champion_queries} queries or more",
         passed=met,
         complaint="not better than champion",
+        because="What it gains on the champion is too little, or not sure.",
+        advice=KEEP_THE_CHAMPION,
     )
 
 
@@ -216,9 +294,11 @@ def champion_check(value: str, *, passed: bool) -> Check:
     return Check(
         name="better than the champion",
         value=_cell(value),
-        bound="a champion, and queries new to both",
+        bound="better on queries new to both, if there is a champion",
         passed=passed,
         complaint="not better than champion",
+        because=f"{_capital(_cell(value)).rstrip('.')}.",
+        advice=KEEP_THE_CHAMPION,
     )
 
 
@@ -246,6 +326,8 @@ def fast_enough(latency_ms: float, settings: Gate) -> Check:
         bound=f"at most {settings.max_latency_ms:g} ms",
         passed=latency_ms <= settings.max_latency_ms,
         complaint="too slow",
+        because="Routing one query takes longer than what it may.",
+        advice="Choose a router with a smaller encoder, or allow more by gate.max_latency_ms.",
     )
 
 
@@ -256,17 +338,23 @@ def reproduces(logged: Sequence[float], loaded: Sequence[float], settings: Gate)
         difference = float(np.max(np.abs(np.subtract(logged, loaded))))
     return Check(
         name="reproduces its win rates",
-        value=f"differs by {difference:.2g} at most",
-        bound=f"at most {settings.reproduce_tolerance:g}",
+        value=f"apart by {difference:.2g} at most",
+        bound=f"at most {settings.reproduce_tolerance:g}, loaded in a clean process",
         passed=difference <= settings.reproduce_tolerance,
         complaint="does not reproduce its win rates",
+        because="The registered version gives other win rates than those it is judged by here.",
+        advice=REGISTER_ANEW,
     )
 
 
 def does_not_load(error: Exception, settings: Gate) -> Check:
     """Return the reproduction check of a version that cannot even be scored."""
-    check = reproduces([], [], settings)
-    return Check(check.name, _cell(str(error)), check.bound, passed=False, complaint="does not run")
+    return replace(
+        reproduces([], [], settings),
+        value=_cell(str(error)),
+        complaint="does not run",
+        because="The registered version does not load or answer in a process of its own.",
+    )
 
 
 def matched_cost_gain(
@@ -298,13 +386,33 @@ def matched_cost_gain(
 
 
 def shown(estimate: Estimate, *, sign: str = "", digits: int = 3) -> str:
-    """Return a value with its interval, and the level of that, or why there is none."""
+    """Return a value with its interval, and the level of that, or why there is none.
+
+    >>> from router_models.statistics import Interval
+    >>> shown(Estimate(0.6123, Interval(0.55, 0.67)))
+    '0.612 (0.550 to 0.670 at 95 %)'
+    """
     if math.isnan(estimate.value):
         return f"undefined: {estimate.reason or 'no value'}"
     low, high = estimate.interval.low, estimate.interval.high
     number = f"{sign}.{digits}f"
-    ends = f"[{low:{number}}, {high:{number}}]"
-    return f"{estimate.value:{number}} {ends} at {100 * estimate.interval.level:.4g} %"
+    if low == high == estimate.value:
+        return f"{low:{number}}"
+    level = f"{100 * estimate.interval.level:.4g} %"
+    return f"{estimate.value:{number}} ({low:{number}} to {high:{number}} at {level})"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _is_or_are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _cell(text: str) -> str:

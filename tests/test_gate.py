@@ -185,7 +185,9 @@ def test_a_receipt_names_every_check_and_the_reason() -> None:
     kept = json.loads(rejected.to_json())
     assert (kept["verdict"], kept["summary"]) == ("rejected", rejected.summary())
     page = rejected.to_markdown()
-    assert page.startswith("# small--large version 3: rejected: not better than champion\n")
+    assert page.startswith("# Rejected: small--large version 3\n")
+    assert "1 of 2 checks is not met. Version 2 stays the champion." in page
+    assert "- **Not better than champion.** What it gains on the champion is too little" in page
     for check in rejected.checks:
         assert f"| {check.name} | {check.value} | {check.bound} |" in page
     for text in ("against version 2", "| candidate |", "- One note.", "becomes the challenger"):
@@ -195,7 +197,46 @@ def test_a_receipt_names_every_check_and_the_reason() -> None:
 def test_the_first_version_needs_no_champion() -> None:
     first = receipt(champion=False)
     assert first.summary() == first.verdict() == "promoted"
-    assert "against no champion yet" in first.to_markdown()
+    page = first.to_markdown()
+    assert page.startswith("# Promoted: small--large version 3\n")
+    assert "against no champion yet" in page
+    assert "Load it as `models:/small--large@champion`." in page
+
+
+def test_a_receipt_says_what_to_do_first() -> None:
+    slow = gate.fast_enough(300, Gate())
+    unsure = gate.above_chance(estimate(0.5, 0.4, 0.6), Gate())
+    too_little = gate.better_than_champion(estimate(0.0, -0.01, 0.01), Gate(), queries=300)
+    leak = gate.no_duplicates(["What is it?"] * 9, 100, Gate())
+
+    def steps(*checks: Check, version: str = "3") -> list[str]:
+        return replace(receipt(), checks=checks, version=version).next_steps()
+
+    assert steps(too_little) == [gate.KEEP_THE_CHAMPION]
+    assert steps(slow, unsure, too_little) == [slow.advice, gate.LEARN_MORE]
+    # With a leak nothing else that was measured means anything.
+    assert steps(slow, leak, too_little) == [gate.FIND_THE_LEAK]
+    assert steps(too_little, version="2")[0].startswith("Nothing has to be done.")
+
+
+def test_a_receipt_with_all_that_can_go_wrong_fits_mlflows_description() -> None:
+    """MLflow's database holds 5,000 characters of a version's description."""
+    long = "x " * 1000
+    checks = (
+        gate.above_chance(UNDEFINED, Gate()),
+        gate.does_not_load(OSError(long), Gate()),
+        gate.beats_random(UNDEFINED),
+        gate.not_beaten_by_knn(UNDEFINED, Gate()),
+        gate.chance_on_shuffled(UNDEFINED),
+        gate.no_duplicates([long] * 50, 100, Gate()),
+        gate.champion_check(f"cannot be scored: {long}", passed=False),
+        gate.fast_enough(300, Gate()),
+    )
+    arms = {f"arm {number}": gate.shown(estimate(0.6, 0.5, 0.7)) for number in range(5)}
+    worst = replace(receipt(), checks=checks, arms=arms, notes=("n" * 200,) * 3)
+    assert len(worst.failures()) == 8
+    assert all(check.because and check.advice for check in checks)
+    assert len(worst.to_markdown()) < 4_600  # the summary stands before it
 
 
 def test_a_challenger_is_sound_and_may_yet_be_better() -> None:
