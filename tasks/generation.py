@@ -23,10 +23,11 @@ from conf.llms import LLM, Generation
 from conf.load import config_digest
 from conf.schema import LOCAL, Compute
 from tasks.asking import Asking, Request
+from tasks.asking_shards import ask_in_shards
 from tasks.endpoints import model_identity, serving_endpoint
 from tasks.journal import open_journal, recover_journals
 from tasks.progress import progress
-from tasks.shards import ask_in_shards, recover_shards
+from tasks.shards import recover_shards
 from tasks.warehouse import Snapshot, Warehouse
 
 FIELDS = ("text", "context")

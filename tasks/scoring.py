@@ -110,7 +110,7 @@ def _score(
     _refuse_missing(warehouse, missing, compared_with, metric)
     with progress(f"Scoring with {metric.name}", rows) as advance:
         if compute.kind == "ray":
-            from tasks.shards import score_in_shards
+            from tasks.scoring_shards import score_in_shards
 
             score_in_shards(warehouse, compute, missing, metric, fingerprint, advance)
             return

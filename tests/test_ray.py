@@ -25,6 +25,7 @@ from conf.llms import LLM, Decoding, Endpoint, Generation, Limits, Prices
 from conf.load import load_experiment
 from conf.schema import LOCAL, Compute, GoldMatch
 from flows import doctor
+from tasks.asking_shards import REQUESTS, Part, ask_shard
 from tasks.cluster import check_cluster
 from tasks.endpoints import model_identity
 from tasks.generation import (
@@ -35,7 +36,6 @@ from tasks.generation import (
     prompt_table,
 )
 from tasks.scoring import score_responses
-from tasks.shards import REQUESTS, Part, ask_shard
 from tasks.warehouse import Snapshot, Warehouse, table_digest
 
 HERE = Path(__file__).parent
