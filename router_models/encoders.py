@@ -109,21 +109,57 @@ class Encoder:
 
         Raises EndpointError when an embeddings endpoint fails.
         """
-        if len(texts) == 0:
-            return np.zeros((0, self.dimension), dtype=np.float32)
-        found: dict[str, np.ndarray] = {}
-        distinct = list(dict.fromkeys(texts))
+        return encode_views([self], texts)[0]
+
+    def _known(self, texts: list[str]) -> dict[str, np.ndarray]:
+        """Return the vectors that the cache has."""
+        return {} if self._cache is None else self._cache.read(texts)
+
+    def _kept(self, texts: list[str], vectors: np.ndarray) -> dict[str, np.ndarray]:
+        """Return new vectors at unit length by text, in the cache from now on."""
+        made = _unit(vectors)
         if self._cache is not None:
-            found = self._cache.read(distinct)
-        missing = [text for text in distinct if text not in found]
-        if missing:
-            made = _unit(self._vectors(missing))
-            found.update(zip(missing, made, strict=True))
-            if self._cache is not None:
-                self._cache.write(missing, made)
-        vectors = np.stack([found[text] for text in texts])
-        self._dimension = vectors.shape[1]
-        return vectors
+            self._cache.write(texts, made)
+        return dict(zip(texts, made, strict=True))
+
+
+def encode_views(encoders: Sequence[Encoder], texts: Sequence[str]) -> list[np.ndarray]:
+    """Return each encoder's vectors of the same texts, as its `encode` would.
+
+    Of layers of one transformer the deepest is computed, and the others on the way.
+    """
+    if len(texts) == 0:
+        return [np.zeros((0, encoder.dimension), dtype=np.float32) for encoder in encoders]
+    distinct = list(dict.fromkeys(texts))
+    found = [encoder._known(distinct) for encoder in encoders]
+    for group in _sharing_a_pass(encoders):
+        missing = [text for text in distinct if any(text not in found[at] for at in group)]
+        if not missing:
+            continue
+        if len(group) == 1:
+            vectors = [encoders[group[0]]._vectors(missing)]
+        else:
+            views = [local for at in group if (local := encoders[at].local) is not None]
+            vectors = max(views, key=lambda view: view.layers or 0).views(missing, views)
+        for at, made in zip(group, vectors, strict=True):
+            found[at] |= encoders[at]._kept(missing, made)
+    result = []
+    for encoder, known in zip(encoders, found, strict=True):
+        result.append(np.stack([known[text] for text in texts]))
+        encoder._dimension = result[-1].shape[1]
+    return result
+
+
+def _sharing_a_pass(encoders: Sequence[Encoder]) -> list[list[int]]:
+    """Return the positions of encoders that are layers of one transformer, group by group."""
+    groups: dict[object, list[int]] = {}
+    for at, encoder in enumerate(encoders):
+        local: LocalModel | None = encoder.local
+        key: object = at
+        if local is not None and local.layers is not None:
+            key = local.source, local.precision, local.max_length
+        groups.setdefault(key, []).append(at)
+    return list(groups.values())
 
 
 def load_encoder(
@@ -249,11 +285,11 @@ class LocalModel:
     def __init__(self, name: str, *, precision: Precision) -> None:
         import torch
 
-        source, layers, last = _split(name)
-        self.model, self.tokenizer = load_transformer(source)
-        if layers is not None:
-            cut_off(self.model, layers=layers, name=name)
-        self.pooling, limit = _sentence_settings(source)
+        self.source, self.layers, last = _split(name)
+        self.model, self.tokenizer = load_transformer(self.source)
+        if self.layers is not None:
+            cut_off(self.model, layers=self.layers, name=name)
+        self.pooling, limit = _sentence_settings(self.source)
         """Mean over all tokens, or the state of the first or the last one."""
         if last:
             self.pooling = "last"
@@ -264,19 +300,29 @@ class LocalModel:
 
     def vectors(self, texts: list[str]) -> np.ndarray:
         """Return the pooled hidden states, (n, d) float32, not yet of unit length."""
+        return self.views(texts, [self])[0]
+
+    def views(self, texts: list[str], views: Sequence["LocalModel"]) -> list[np.ndarray]:
+        """Return the `vectors` of each of ``views``: this model, or fewer layers of it."""
         import torch
 
         ids = token_ids(self.tokenizer, texts, max_length=self.max_length)
-        pooled = np.empty((len(texts), self.model.config.hidden_size), dtype=np.float32)
+        shape = len(texts), self.model.config.hidden_size
+        found = [np.empty(shape, dtype=np.float32) for _ in views]
+        earlier = any(view.layers != self.layers for view in views)
         with torch.inference_mode():
             for rows, batch in equal_length_batches(ids):
-                hidden = self.model(input_ids=torch.from_numpy(batch)).last_hidden_state.float()
-                kept = hidden[: len(rows)]
-                if self.pooling == "mean":
-                    pooled[rows] = kept.mean(dim=1).numpy()
-                else:
-                    pooled[rows] = kept[:, 0 if self.pooling == "cls" else -1].numpy()
-        return pooled
+                states = self.model(input_ids=torch.from_numpy(batch), output_hidden_states=earlier)
+                for view, vectors in zip(views, found, strict=True):
+                    last = view.layers == self.layers
+                    hidden = states.last_hidden_state if last else states.hidden_states[view.layers]
+                    vectors[rows] = view._pooled(hidden[: len(rows)].float())
+        return found
+
+    def _pooled(self, hidden: Any) -> np.ndarray:
+        if self.pooling == "mean":
+            return hidden.mean(dim=1).numpy()
+        return hidden[:, 0 if self.pooling == "cls" else -1].numpy()
 
     def _digest(self) -> str:
         """Hash the weights (before they are rounded), the tokenizer and what else matters."""

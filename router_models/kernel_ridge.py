@@ -16,6 +16,7 @@ from conf.routers import KernelRidge
 from router_models.encoders import (
     ENCODER_FOLDER,
     Encoder,
+    encode_views,
     load_encoder,
     load_saved_encoder,
     save_encoder,
@@ -64,6 +65,9 @@ class KernelRidgeRouter:
         self.coefficients_ = np.zeros(0)
         """(n,) the c_i."""
         self.mean_, self.ridge_ = 0.5, 1.0
+        self.error_ = float("nan")
+        """Mean squared leave-one-out error with the chosen λ: by it, settings can be compared on
+        the training queries alone."""
         self.history_: list[dict[str, float | None]] = []
         """Empty: nothing is trained in epochs."""
 
@@ -87,11 +91,9 @@ class KernelRidgeRouter:
         encoders = [
             load_encoder(name, cache=self.config.encoder_cache) for name in self.config.encoders
         ]
-        views = []
-        for done, encoder in enumerate(encoders):
-            views.append(encoder.encode(prompts).astype(np.float64))
-            if on_progress is not None:
-                on_progress(done + 1, len(encoders) + 1)
+        views = _views(encoders, prompts)
+        if on_progress is not None:
+            on_progress(1, 2)
         self.encoders_ = encoders
         self.means_ = [view.mean(axis=0) for view in views]
         self.scales_ = [_scales(view) for view in views]
@@ -101,10 +103,11 @@ class KernelRidgeRouter:
         kernel = self._kernel(self.features_)
         spectrum = eigh(kernel, overwrite_a=True)
         errors = _leave_one_out_errors(spectrum, target, self.config.ridges)
-        self.ridge_ = self.config.ridges[int(np.argmin(errors))]
+        best = int(np.argmin(errors))
+        self.ridge_, self.error_ = self.config.ridges[best], float(errors[best])
         self.coefficients_ = _coefficients(spectrum, target, self.ridge_)
         if on_progress is not None:
-            on_progress(len(encoders) + 1, len(encoders) + 1)
+            on_progress(2, 2)
         return self
 
     def win_rate(self, prompts: Sequence[str]) -> np.ndarray:
@@ -115,7 +118,7 @@ class KernelRidgeRouter:
         if not self.encoders_:
             raise not_fitted(self.config.name)
         win_rate = np.empty(len(prompts), dtype=np.float64)
-        views = [encoder.encode(prompts).astype(np.float64) for encoder in self.encoders_]
+        views = _views(self.encoders_, prompts)
         features = self._standardised(views)
         for start in range(0, len(prompts), BLOCK):
             rows = slice(start, start + BLOCK)
@@ -187,6 +190,10 @@ class KernelRidgeRouter:
             length = np.linalg.norm(standard, axis=1, keepdims=True)
             found.append(standard / np.maximum(length, 1e-9))
         return found
+
+
+def _views(encoders: Sequence[Encoder], prompts: Sequence[str]) -> list[np.ndarray]:
+    return [vectors.astype(np.float64) for vectors in encode_views(encoders, prompts)]
 
 
 def _mean_by_prompt(prompts: list[str], win_rate: np.ndarray) -> tuple[list[str], np.ndarray]:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +21,7 @@ from router_models.encoders import (
     Encoder,
     Precision,
     check_encoder,
+    encode_views,
     encoder_fingerprint,
     equal_length_batches,
     load_encoder,
@@ -333,6 +334,29 @@ def test_a_causal_llm_is_an_encoder_without_its_last_normalisation(tmp_path: Pat
     copied = save_encoder(encoder, tmp_path / "router")
     loaded = load_saved_encoder(tmp_path / "router" / copied[0], description=encoder.description())
     assert np.array_equal(loaded.encode([TEXTS[0]])[0], found)
+
+
+def test_views_of_one_transformer_share_a_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny_llm(tmp_path / "llm")
+    names = [f"{folder}@1", f"{folder}@2:last", f"{folder}@1:last", "minilm"]
+    expected = [load_encoder(name).encode(TEXTS) for name in names]
+    together = [load_encoder(name, cache=tmp_path / "cache") for name in names]
+    passes = []
+    views = encoders.LocalModel.views
+
+    def counted(self: Any, texts: list[str], of: Sequence[Any]) -> list[np.ndarray]:
+        passes.append((self.layers, len(texts), len(of)))
+        return views(self, texts, of)
+
+    monkeypatch.setattr(encoders.LocalModel, "views", counted)
+    together[0].encode(TEXTS[:1])
+    found = encode_views(together, TEXTS)
+    assert passes == [(1, 1, 1), (2, len(TEXTS), 3), (None, len(TEXTS), 1)]
+    assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+    encode_views(together, TEXTS[::-1])
+    assert len(passes) == 3  # from the cache
 
 
 def test_a_text_without_a_token_has_a_vector_too(tmp_path: Path) -> None:
