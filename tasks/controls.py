@@ -19,11 +19,13 @@ import pyarrow.parquet as pq
 from conf.routers import Knn
 from conf.routers import Router as RouterSettings
 from conf.schema import Evaluation, Store
-from router_models.statistics import Bootstrap, bootstrap_metrics
+from router_models.near_copies import near_copy_groups
+from router_models.statistics import LEVEL, Bootstrap, bootstrap_metrics
 from router_models.training_data import same_prompt
 from serving.score import win_rates_in_clean_process
 from tasks import tracking
 from tasks.evaluation import Comparison, evaluated_queries, flat
+from tasks.gate import Copies, ShuffledApgr
 from tasks.labelling import RatedQueries
 from tasks.preferences import leaks
 from tasks.progress import stage
@@ -120,12 +122,41 @@ def knn_arm(
     return arm.name, np.array([rate[key] for key in table["query_key"].to_pylist()])
 
 
-def shuffled_control(training: Training, settings: RouterSettings) -> Bootstrap:
+@dataclass(frozen=True, eq=False)
+class Control:
+    """The candidate's twin under each shuffle; its replicates are of a router called `shuffled`."""
+
+    shuffles: tuple[Bootstrap, ...]
+
+    def estimate(self, router: str, metric: str, *, level: float = LEVEL) -> ShuffledApgr:
+        """Return the estimate of the middle shuffle, by the lower end of its interval.
+
+        An undefined one counts as better than chance: it never passes.
+        """
+        found = [shuffle.estimate(router, metric, level=level) for shuffle in self.shuffles]
+        by_low = sorted(found, key=lambda one: np.nan_to_num(one.interval.low, nan=np.inf))
+        middle = by_low[len(by_low) // 2]
+        each = tuple(one.value for one in found)
+        return ShuffledApgr(middle.value, middle.interval, middle.reason, each)
+
+
+def shuffled_control(
+    training: Training, settings: RouterSettings, *, level: float = LEVEL
+) -> Control:
     """Train the candidate's twin on shuffled outcomes and evaluate it on shuffled outcomes.
 
-    The replicates are those of a router called `shuffled`.
+    If its APGR is above chance at the ``level``, that may be the luck of this shuffle: two more
+    are made, and the middle one counts. Usually one training is all.
     """
-    store, seed = training.store, training.seed
+    shuffles = [_shuffled_twin(training, settings, number=1)]
+    if not shuffles[0].estimate("shuffled", "apgr", level=level).interval.low <= 0.5:
+        shuffles += [_shuffled_twin(training, settings, number=number) for number in (2, 3)]
+    return Control(tuple(shuffles))
+
+
+def _shuffled_twin(training: Training, settings: RouterSettings, *, number: int) -> Bootstrap:
+    """Return the metrics of the twin under one shuffle."""
+    store, seed = training.store, training.seed + number - 1
     labels = shuffled_outcomes(training.queries.labels.read(), seed=seed)
     warehouse = Warehouse(store.directory)
     queries = replace(training.queries, labels=warehouse.write_snapshot("shuffled", labels))
@@ -133,8 +164,9 @@ def shuffled_control(training: Training, settings: RouterSettings) -> Bootstrap:
     if battles is not None:
         moved = shuffled_battles(battles.read(), labels, strong=queries.pair.strong, seed=seed)
         battles = warehouse.write_snapshot("shuffled_battles", moved)
+    again = "" if number == 1 else f"-{number}"
     twin = replace(training, queries=queries, battles=battles).arm(
-        settings.model_copy(update={"name": f"{settings.name}-shuffled"}),
+        settings.model_copy(update={"name": f"{settings.name}-shuffled{again}"}),
         "outcomes shuffled over prompts",
     )
     rows = evaluated_queries(queries, [twin])
@@ -152,11 +184,12 @@ def shuffled_control(training: Training, settings: RouterSettings) -> Bootstrap:
 def shuffled_outcomes(labels: pa.Table, *, seed: int) -> pa.Table:
     """Return the labels with outcomes permuted over distinct prompts.
 
-    Labels and qualities move together, and a prompt (`same_prompt`) keeps one outcome wherever it
-    occurs, in training as in the test. So a router can do better than chance only by meeting, in
-    the test, prompts from its training: had each row its own outcome, or were only the training
-    labels shuffled, remembering them would not help in the test and the leak would not show. A
-    text that itself tells the outcome is not noticed: nothing ties it to its new outcome.
+    Labels and qualities move together, and a prompt keeps one outcome wherever it or a near copy
+    of it (`near_copy_groups`) occurs, in training as in the test. So a router can do better than
+    chance only by meeting, in the test, prompts from its training: had each row its own outcome, or
+    were only the training labels shuffled, remembering them would not help in the test and the leak
+    would not show. A text that itself tells the outcome is not noticed: nothing ties it to its new
+    outcome.
     """
     return _moved(labels, "text", IDENTITY, seed)
 
@@ -164,32 +197,28 @@ def shuffled_outcomes(labels: pa.Table, *, seed: int) -> pa.Table:
 def shuffled_battles(battles: pa.Table, labels: pa.Table, *, strong: str, seed: int) -> pa.Table:
     """Return the battles with outcomes permuted over prompts, in agreement with the ``labels``.
 
-    A prompt that is also in the shuffled labels takes its verdict from the qualities there.
+    A prompt that is also in the shuffled labels, or that has a near copy there, takes its verdict
+    from the qualities there.
     """
+    texts, prompts = labels["text"].to_pylist(), battles["prompt"].to_pylist()
+    group = near_copy_groups([*texts, *prompts]).tolist()
     moved = _moved(battles, "prompt", BATTLE_IDENTITY, seed)
-    gap = dict(
-        zip(
-            map(same_prompt, labels["text"].to_pylist()),
-            labels["strong_quality"].to_numpy() - labels["weak_quality"].to_numpy(),
-            strict=True,
-        )
-    )
+    gaps = labels["strong_quality"].to_numpy() - labels["weak_quality"].to_numpy()
+    gap = dict(zip(map(same_prompt, texts), gaps, strict=True))
+    near = dict(zip(group, gaps, strict=False))  # the labels' groups come first
     a_wins = moved["a_wins"].to_numpy().copy()
-    sides = zip(moved["prompt"].to_pylist(), moved["llm_a"].to_pylist(), strict=True)
-    for row, (prompt, llm_a) in enumerate(sides):
-        if (known := gap.get(same_prompt(prompt))) is not None:
+    sides = zip(prompts, group[len(texts) :], moved["llm_a"].to_pylist(), strict=True)
+    for row, (prompt, number, llm_a) in enumerate(sides):
+        if (known := gap.get(same_prompt(prompt), near.get(number))) is not None:
             a_wins[row] = 0.5 * (1 + np.sign(known if llm_a == strong else -known))
     position = moved.schema.get_field_index("a_wins")
     return moved.set_column(position, moved.schema.field(position), pa.array(a_wins))
 
 
 def _moved(rows: pa.Table, text: str, identity: Sequence[str], seed: int) -> pa.Table:
-    """Return the rows, all columns but ``identity`` permuted over distinct texts."""
-    _, first, group = np.unique(
-        [same_prompt(prompt) for prompt in rows[text].to_pylist()],
-        return_index=True,
-        return_inverse=True,
-    )
+    """Return the rows, all columns but ``identity`` permuted over groups of near copies."""
+    group = near_copy_groups(rows[text].to_pylist())
+    first = np.unique(group, return_index=True)[1]
     # A group's outcome is that of its first row.
     source = first[np.random.default_rng(seed).permutation(len(first))][group]
     taken = rows.take(pa.array(source))
@@ -199,24 +228,30 @@ def _moved(rows: pa.Table, text: str, identity: Sequence[str], seed: int) -> pa.
     return rows
 
 
-def duplicated_prompts(training: Training) -> tuple[list[str], int]:
-    """Return the evaluated prompts that stand in the training data of the router that predicts
-    them, and how many distinct prompts are evaluated.
+def duplicated_prompts(training: Training) -> tuple[Copies, int]:
+    """Return the evaluated prompts that stand, exactly or nearly, in the training data of the
+    router that predicts them, and how many distinct prompts are evaluated.
 
     What early stopping watches counts as training data. Battles on evaluated prompts are left out
     of training; there are no duplicates then.
     """
     labels = training.queries.labels.read()
     texts = np.array(labels["text"].to_pylist(), dtype=object)
-    found: dict[str, str] = {}
+    group = near_copy_groups(texts.tolist())
+    exact: dict[str, str] = {}
+    near: dict[str, str] = {}
     evaluated: set[str] = set()
     for fold in evaluation_folds(labels, training.evaluation):
         predicted = texts[fold.predicted]
         evaluated |= {same_prompt(text) for text in predicted}
         if training.battles is None:
-            learned = texts[np.concatenate([fold.train, fold.validation])]
-            found |= {same_prompt(text): text for text in leaks(learned, predicted).duplicates}
-    return list(found.values()), len(evaluated)
+            learned = np.concatenate([fold.train, fold.validation])
+            duplicates = leaks(texts[learned], predicted).duplicates
+            exact |= {same_prompt(text): text for text in duplicates}
+            known = predicted[np.isin(group[fold.predicted], group[learned])]
+            near |= {same_prompt(text): text for text in known}
+    nearly = tuple(text for normal, text in near.items() if normal not in exact)
+    return Copies(tuple(exact.values()), nearly), len(evaluated)
 
 
 def prompt_hashes(texts: Iterable[str]) -> list[str]:
@@ -262,7 +297,8 @@ def champion_arm(store: Store, model: str, version: str, comparison: Comparison)
     left_out = int(np.isnan(rates).sum())
     note = (
         f"Champion, version {version}: win rates logged by its own run for "
-        f"{len(keys) - len(new) - left_out} queries, scored in a clean process for {len(new)}"
+        f"{len(keys) - len(new) - left_out} of the {len(known)} queries that it was judged on, "
+        f"scored in a clean process for {len(new)} others"
     )
     if left_out:
         why = "it was trained on them" if trained_on is not None else "its training is not recorded"

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
+from uuid import UUID
 
 from conf.llms import Pair
 from conf.schema import AnyExperiment, Benchmark, Store
@@ -179,6 +180,12 @@ def run_url(store: Store, run_id: str) -> str:
     return f"{_ui(store)}/#/experiments/{experiment_id(store)}/runs/{run_id}?{UI_MODE}"
 
 
+def artifact_url(store: Store, run_id: str, path: str) -> str:
+    """Return where MLflow's UI shows a run's artifact."""
+    page = f"{_ui(store)}/#/experiments/{experiment_id(store)}/runs/{run_id}"
+    return f"{page}/artifacts/{quote(path)}?{UI_MODE}"
+
+
 def routers_url(store: Store) -> str:
     """Return MLflow's list of all routers' runs, the best first, with the columns that matter."""
     page = f"{_ui(store)}/#/experiments/{experiment_id(store)}/runs"
@@ -278,7 +285,24 @@ def close_abandoned_runs(store: Store) -> int:
         if is_gone(owner.data.tags.get(PROCESS_TAG, "")):
             mlflow_client.set_terminated(run.info.run_id, "KILLED")
             abandoned += 1
+            if FLOW_RUN_TAG in run.data.tags:
+                _report_crash(run.data.tags[FLOW_RUN_TAG])
     return abandoned
+
+
+def _report_crash(flow_run_id: str) -> None:
+    """Tell Prefect, which would say for ever that the flow runs, if its server knows of it."""
+    from httpx import HTTPError
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectException
+    from prefect.states import Crashed
+
+    with suppress(PrefectException, HTTPError, OSError), get_client(sync_client=True) as prefect:
+        state = prefect.read_flow_run(UUID(flow_run_id)).state
+        if state is not None and state.is_running():
+            prefect.set_flow_run_state(
+                UUID(flow_run_id), Crashed(message="Its process ended before it did."), force=True
+            )
 
 
 def _revision() -> dict[str, str]:

@@ -5,10 +5,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from uuid import UUID
 
 import pyarrow as pa
 import pytest
 from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL
 
 from conf.load import load_experiment
 from conf.schema import Experiment, Store
@@ -107,6 +110,30 @@ def test_runs_of_a_killed_process_are_closed_by_the_next(experiment: Experiment)
         assert [run_of(experiment.store, run_id)[0] for run_id in left_open] == ["KILLED"] * 2
         assert tracking.close_abandoned_runs(experiment.store) == 0
         assert run_of(experiment.store, own)[0] == "RUNNING"
+
+
+def test_prefect_learns_of_a_killed_process(experiment: Experiment, prefect_server: None) -> None:
+    """Its page would say for ever that the flow runs."""
+    script = (
+        "import os, sys\nfrom prefect import flow\nfrom prefect.runtime import flow_run\n"
+        "from conf.load import load_experiment\nfrom tasks import tracking\n"
+        "experiment = load_experiment(overrides=(f'store.directory={sys.argv[1]}',))\n"
+        "@flow\ndef dies():\n    with tracking.parent_run(experiment):\n"
+        "        print(flow_run.id, flush=True)\n        os.kill(os.getpid(), 9)\ndies()\n"
+    )
+    environment = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
+    killed = subprocess.run(
+        [sys.executable, "-c", script, str(experiment.store.directory)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    with get_client(sync_client=True) as client:
+        left = UUID(killed.stdout.strip())
+        assert client.read_flow_run(left).state_name == "Running"
+        assert tracking.close_abandoned_runs(experiment.store) == 1
+        assert client.read_flow_run(left).state_name == "Crashed"
 
 
 def test_metrics_params_and_datasets_arrive(experiment: Experiment) -> None:
