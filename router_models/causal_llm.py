@@ -15,16 +15,16 @@ import numpy as np
 from conf.errors import ArtifactError, ConfigError
 from conf.routers import CausalLLM
 from router_models.bert import VERDICTS, win_rate_of
-from router_models.encoders import (
+from router_models.fine_tuned import FineTunedRouter, Tokens
+from router_models.lightning_loop import decaying
+from router_models.packaged import dequantised_directory, file_digest, smollm2_gguf
+from router_models.persistence import not_fitted, read_state, settings_json, write_state
+from router_models.transformer import (
     CHARACTERS_PER_TOKEN,
     quiet_transformers,
     save_transformer,
     token_limit,
 )
-from router_models.fine_tuned import FineTunedRouter, Tokens
-from router_models.lightning_loop import decaying
-from router_models.packaged import dequantised_directory, file_digest, smollm2_gguf
-from router_models.persistence import not_fitted, read_state, settings_json, write_state
 
 PACKAGED = "smollm2-135m"
 ADAPTER_FOLDER = "adapter"

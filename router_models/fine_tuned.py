@@ -17,10 +17,10 @@ import numpy as np
 from conf.routers import Trainer
 from conf.settings import Settings
 from router_models import lightning_loop
-from router_models.encoders import equal_length_batches, weights_digest
 from router_models.lightning_loop import History, Progress
 from router_models.persistence import not_fitted
 from router_models.training_data import Comparisons
+from router_models.transformer import equal_length_batches, weights_digest
 
 Tokens = list[list[int]]
 

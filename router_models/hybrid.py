@@ -14,17 +14,17 @@ import numpy as np
 from conf.errors import ConfigError
 from conf.routers import Hybrid
 from conf.settings import Settings
-from router_models.encoders import (
-    ENCODER_FOLDER,
+from router_models.encoders import ENCODER_FOLDER
+from router_models.fine_tuned import FineTunedRouter, Objective, Tokens
+from router_models.lightning_loop import decaying
+from router_models.persistence import not_fitted, read_state, settings_json, write_state
+from router_models.transformer import (
     layer_stack,
     load_transformer,
     save_transformer,
     token_ids,
     token_limit,
 )
-from router_models.fine_tuned import FineTunedRouter, Objective, Tokens
-from router_models.lightning_loop import decaying
-from router_models.persistence import not_fitted, read_state, settings_json, write_state
 
 
 class EncoderRouter(FineTunedRouter):

@@ -25,8 +25,9 @@ from conf.schema import (
     PreferenceExperiment,
     QualityMetric,
 )
-from router_models.encoders import PACKAGED, check_encoder
+from router_models.encoders import check_encoder
 from router_models.packaged import smollm2_gguf
+from router_models.transformer import PACKAGED
 from tasks.endpoints import api_key, weights_file
 from tasks.generation import missing_requests, prompt_table, rendered_prompts
 from tasks.journal import recover_journals

@@ -16,19 +16,18 @@ from hypothesis import strategies as st
 from test_causal_llm import save_tiny_llm
 
 from conf.errors import ArtifactError, ConfigError, EndpointError
-from router_models import encoders
+from router_models import transformer
 from router_models.encoders import (
     Encoder,
-    Precision,
     check_encoder,
     encode_views,
     encoder_fingerprint,
-    equal_length_batches,
     load_encoder,
     load_saved_encoder,
     save_encoder,
 )
 from router_models.packaged import minilm_directory
+from router_models.transformer import Precision, equal_length_batches
 
 ROOT = Path(__file__).parent.parent
 LINES = (ROOT / "data" / "geography.jsonl").read_text(encoding="utf-8").splitlines()
@@ -185,8 +184,8 @@ def test_batches_hold_every_text_once_and_no_padding(lengths: list[int], batch_t
     seen: list[int] = []
     for rows, batch in equal_length_batches(ids, batch_tokens=batch_tokens):
         assert [list(tokens) for tokens in batch[: len(rows)]] == [ids[row] for row in rows]
-        assert batch.size >= encoders.MIN_ROWS
-        assert batch.size <= max(batch_tokens, batch.shape[1], 2 * encoders.MIN_ROWS)
+        assert batch.size >= transformer.MIN_ROWS
+        assert batch.size <= max(batch_tokens, batch.shape[1], 2 * transformer.MIN_ROWS)
         seen.extend(rows.tolist())
     assert sorted(seen) == list(range(len(lengths)))
 
@@ -308,7 +307,7 @@ def test_an_encoder_is_checked_without_its_weights_being_loaded(minilm_copy: Pat
 
 
 def test_layers_after_the_named_one_are_left_out(minilm_copy: Path) -> None:
-    model, tokenizer = encoders.load_transformer("minilm")
+    model, tokenizer = transformer.load_transformer("minilm")
     text = TEXTS[0]
     with torch.inference_mode():
         states = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
@@ -323,7 +322,7 @@ def test_layers_after_the_named_one_are_left_out(minilm_copy: Path) -> None:
 
 def test_a_causal_llm_is_an_encoder_without_its_last_normalisation(tmp_path: Path) -> None:
     folder = save_tiny_llm(tmp_path / "llm")
-    model, tokenizer = encoders.load_transformer(str(folder))
+    model, tokenizer = transformer.load_transformer(str(folder))
     with torch.inference_mode():
         ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
         states = model(input_ids=ids, output_hidden_states=True).hidden_states[1]
@@ -344,13 +343,13 @@ def test_views_of_one_transformer_share_a_pass(
     expected = [load_encoder(name).encode(TEXTS) for name in names]
     together = [load_encoder(name, cache=tmp_path / "cache") for name in names]
     passes = []
-    views = encoders.LocalModel.views
+    views = transformer.LocalModel.views
 
     def counted(self: Any, texts: list[str], of: Sequence[Any]) -> list[np.ndarray]:
         passes.append((self.layers, len(texts), len(of)))
         return views(self, texts, of)
 
-    monkeypatch.setattr(encoders.LocalModel, "views", counted)
+    monkeypatch.setattr(transformer.LocalModel, "views", counted)
     together[0].encode(TEXTS[:1])
     found = encode_views(together, TEXTS)
     assert passes == [(1, 1, 1), (2, len(TEXTS), 3), (None, len(TEXTS), 1)]
