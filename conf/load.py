@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from conf.errors import ConfigError, unknown_name
-from conf.schema import Benchmark, Experiment, PreferenceExperiment, experiment_kind
+from conf.schema import Benchmark, Experiment, Gate, PreferenceExperiment, experiment_kind
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 GATE = Path(__file__).parent / "gate.yaml"
@@ -63,12 +63,21 @@ def load_experiment(
         )
     settings = _unshared(settings)
     if isinstance(settings.setdefault("gate", {}), dict):
-        settings["gate"] = yaml.safe_load(GATE.read_text(encoding="utf-8")) | settings["gate"]
+        settings["gate"] = _gate_file() | settings["gate"]
     for override in overrides:
         apply_override(settings, override)
     if experiment_kind(settings) == "preferences":
         return validated(settings, where=str(path), model=PreferenceExperiment)
     return validated(settings, where=str(path))
+
+
+def standard_gate() -> Gate:
+    """Return the gate of conf/gate.yaml: that of every experiment which says nothing else."""
+    return Gate.model_validate(_gate_file())
+
+
+def _gate_file() -> dict[str, Any]:
+    return dict(yaml.safe_load(GATE.read_text(encoding="utf-8")))
 
 
 def _unshared(node: Any) -> Any:
@@ -175,7 +184,13 @@ def load_benchmark(
     Overrides are as in `load_experiment`; a router is addressed by its kind: `routers.mf.noise=0`.
     Raises ConfigError for an unknown kind, and for unknown or bad settings.
     """
-    kinds = list(dict.fromkeys([*(name.strip() for name in routers), "random"]))
+    named = [name.strip() for name in routers]
+    if not named or not all(named):
+        raise ConfigError(
+            f"The routers are {','.join(routers)!r}: a name is empty. Expected kinds of routers "
+            "with a comma between them. Give --routers kernel_ridge,knn, for instance."
+        )
+    kinds = list(dict.fromkeys([*named, "random"]))
     settings = {**settings, "routers": [{"router": kind, "name": kind} for kind in kinds]}
     for override in overrides:
         apply_override(settings, override)

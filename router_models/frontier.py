@@ -48,7 +48,9 @@ METRICS: dict[str, Metric] = {
         "average performance gap recovered, ∫ PGR dcost over the exact curve", True, NO_GAP
     ),
     "apgr_10": Metric("mean of PGR at costs 0.1, 0.2 … 1.0 (the article's sum)", True, NO_GAP),
-    "apgr_routellm": Metric("PGR by the trapezoid rule over costs 0, 0.1 … 1.0", True, NO_GAP),
+    "apgr_routellm": Metric(
+        "PGR by the trapezoid rule over what the win rate's deciles cost", True, NO_GAP, version=2
+    ),
     "cpt_50": Metric("smallest cost at which PGR reaches 0.5", False, NO_GAP),
     "cpt_80": Metric("smallest cost at which PGR reaches 0.8", False, NO_GAP),
     "pgr_at_20": Metric("PGR with 20 % of the queries on the strong LLM", True, NO_GAP),
@@ -97,6 +99,8 @@ class Frontier:
     """Mean quality at cost 0."""
     rounding: float = 0.0
     """A gap up to this size is a rounding error of the means, not a gap."""
+    queries: float = 1.0
+    """N, or the sum of the weights."""
 
     @property
     def quality(self) -> FloatArray:
@@ -119,6 +123,29 @@ class Frontier:
     def apgr(self) -> float:
         """Return ∫ PGR dcost over [0, 1], exactly: the curve is piecewise linear."""
         return _trapezoid(self.cost, self.gain) / self.gap()
+
+    def apgr_routellm(self) -> float:
+        """Return APGR as RouteLLM's evaluation computes it; see the function of this name.
+
+        Found by rank: a decile that falls on a win rate is that win rate. Interpolated numbers may
+        differ from it in the last bit, and then the metric would when win rates are only rescaled.
+        """
+        positions = np.arange(10) * (self.queries - 1) / 10  # in ascending order, the first is 0
+        # A decile between two win rates routes the upper one to the strong LLM, and all above it.
+        above, below = (
+            self._vertex_of(found) for found in (np.ceil(positions), np.floor(positions))
+        )
+        top = self._vertex_of(np.array([self.queries - 1]))
+        # Deciles that equal the largest win rate are one threshold with it, which routes nothing.
+        vertices = np.unique(np.append(above[below != top], 0))
+        if len(vertices) == 1:  # all win rates are equal
+            vertices = np.array([0, len(self.cost) - 1])
+        return _trapezoid(self.cost[vertices], self.gain[vertices]) / self.gap()
+
+    def _vertex_of(self, position: FloatArray) -> NDArray[np.int64]:
+        """Return the vertices at which the queries at these ascending positions become strong."""
+        # Half a query off, so that rounding decides nothing.
+        return np.searchsorted(self.cost, (self.queries - position - 0.5) / self.queries)
 
     def cpt(self, pgr: float) -> float:
         """Return the smallest cost at which PGR reaches ``pgr``; NaN if it never does.
@@ -166,7 +193,7 @@ class Frontier:
         return {
             "apgr": self.apgr(),
             "apgr_10": float(pgr[1:].mean()),
-            "apgr_routellm": float((pgr[1:] + pgr[:-1]).mean() / 2.0),
+            "apgr_routellm": self.apgr_routellm(),
             "cpt_50": self.cpt(0.5),
             "cpt_80": self.cpt(0.8),
             **{f"pgr_at_{share}": float(pgr[share // 10]) for share in (20, 50, 80)},
@@ -228,6 +255,7 @@ class RankedQueries:
             threshold=self.threshold,
             weak_quality=float((weights * self.weak).sum() / total),
             rounding=self.rounding,
+            queries=float(total),
         )
 
 
@@ -316,11 +344,14 @@ def apgr_routellm(
     weak_quality: ArrayLike,
     strong_quality: ArrayLike,
 ) -> float:
-    """Return APGR as RouteLLM's evaluation defines it: the trapezoid rule over eleven costs.
+    """Return APGR as RouteLLM's evaluation computes it, which differs from the exact `apgr`.
 
-    Their code takes thresholds at the deciles of the win rate and integrates quality over the
-    costs these happen to give, less all-weak, over the same for all-strong. Here the exact curve
-    is read at costs 0, 0.1 … 1.0, which is what the deciles give without ties.
+    Thresholds are the eleven deciles of the win rate, interpolated between queries; a query goes
+    to the strong LLM from the threshold on, and above the last one only. Quality is integrated
+    over the costs that this gives by the trapezoid rule, less all-weak, over the same for
+    all-strong. Where deciles coincide, as with ties, their code stops; here they are merged, as
+    pandas.qcut does on demand (duplicates="drop"). Where all win rates are equal no area would be
+    left; all-strong is kept as the other end.
 
     >>> round(apgr_routellm([0.5, 0.5], [0, 0], [1, 0]), 6)
     0.5

@@ -23,24 +23,24 @@ from prefect.context import FlowRunContext
 
 from conf.errors import DataError, unknown_name
 from conf.llms import Pair
-from conf.load import config_digest
 from conf.schema import Benchmark, Evaluation, PreferenceExperiment, Store
-from router_models.statistics import bootstrap_metrics
+from router_models.statistics import Estimate
 from router_models.training_data import same_prompt
 from tasks import tracking
-from tasks.evaluation import Comparison, compare_routers, evaluated_queries, flat
+from tasks.evaluation import Comparison, compare_routers, compared_too, flat
 from tasks.figures import cost_quality, win_rate_by_domain
 from tasks.gate import Receipt
 from tasks.labelling import RatedQueries
 from tasks.preference_collection import CollectedPreferences, under_our_names
-from tasks.preference_sources import gold_preferences
+from tasks.preference_sources import gold_preferences, named_first
 from tasks.reporting import markdown_table, shown
 from tasks.training import TrainedRouter, timings
 from tasks.warehouse import Snapshot, Warehouse
 
 METRIC = "correct"
-# Metric → heading, after APGR with its interval.
-SHOWN = {"cpt_50": "CPT50", "cpt_80": "CPT80", "pgr_at_20": "PGR@20%", "pgr_at_50": "PGR@50%"}
+# Metric → heading, after APGR with its interval: what fits into 80 characters.
+SHOWN = {"cpt_50": "CPT50", "cpt_80": "CPT80"}
+NOTHING = "–"
 
 
 @dataclass(frozen=True)
@@ -52,23 +52,25 @@ class BenchmarkData:
     evaluation: Evaluation
     """How the queries are divided: a held-out part, or out-of-fold predictions of all."""
     left_out: Mapping[str, int]
-    """Reason → rows."""
+    """Reason → rows (or, of a folder's columns and list, how many of them)."""
 
 
 @task(task_run_name="read {settings.directory}")
 def benchmark_data(warehouse: Warehouse, settings: Benchmark) -> BenchmarkData:
     """Read the folder, or both folders, into the warehouse and divide the queries."""
     known = gold_preferences(settings.directory)
-    left_out = Counter(known.left_out)
+    left_out = Counter(known.left_out) + Counter(known.remarks)
     pair = _pair(known.rows, settings)
     trained_on = judged = known.rows
     if settings.evaluation_directory is not None:
         other = gold_preferences(settings.evaluation_directory)
-        left_out += Counter(other.left_out)
+        left_out += Counter(other.left_out) + Counter(other.remarks)
         judged = other.rows
-    queries = _queries(judged, pair)
+    queries, incomplete = _queries(judged, pair)
+    left_out += incomplete
     keys = [same_prompt(text) for text in queries["text"].to_pylist()]
-    left_out["repeated prompts, kept on one side"] = len(keys) - len(set(keys))
+    if settings.evaluation_directory is None:  # else nothing is divided
+        left_out["repeated prompts, kept on one side"] = len(keys) - len(set(keys))
     if settings.evaluation_directory is not None:
         split = ["test"] * len(keys)
         known_keys = np.array([same_prompt(text) for text in trained_on["prompt"].to_pylist()])
@@ -131,8 +133,11 @@ def _pair(battles: pa.Table, settings: Benchmark) -> Pair:
     return Pair(weak=settings.weak or weak, strong=settings.strong or strong)
 
 
-def _queries(battles: pa.Table, pair: Pair) -> pa.Table:
-    """Return the pair's rows as queries with both LLMs' qualities, ordered by id."""
+def _queries(battles: pa.Table, pair: Pair) -> tuple[pa.Table, Counter[str]]:
+    """Return the pair's rows as queries with both LLMs' qualities, ordered by id.
+
+    Also how many rows are of files in which one of the two LLMs has no column.
+    """
     forward = (pc.field("llm_a") == pair.weak) & (pc.field("llm_b") == pair.strong)
     backward = (pc.field("llm_a") == pair.strong) & (pc.field("llm_b") == pair.weak)
     own = battles.filter(forward | backward).sort_by("battle_id")
@@ -141,8 +146,14 @@ def _queries(battles: pa.Table, pair: Pair) -> pa.Table:
             f"No row has answers of both {pair.weak!r} and {pair.strong!r}. Expected a column of "
             "True and False for each, in the folder that is evaluated too. Rename the columns."
         )
+    others = battles.filter(~pc.field("domain").isin(own["domain"].unique()))
+    incomplete = Counter[str]()
+    if others.num_rows:
+        names = named_first([f"{name}.csv" for name in sorted(set(others["domain"].to_pylist()))])
+        rows = len(set(others["battle_id"].to_pylist()))
+        incomplete[f"rows of files without a column for each of the two LLMs ({names})"] = rows
     weak_is_a = pc.equal(own["llm_a"], pair.weak)
-    return pa.table(
+    queries = pa.table(
         {
             "query_key": own["preference_key"],
             "query_id": own["battle_id"],
@@ -152,6 +163,7 @@ def _queries(battles: pa.Table, pair: Pair) -> pa.Table:
             "strong_quality": pc.if_else(weak_is_a, own["b_quality"], own["a_quality"]),
         }
     )
+    return queries, incomplete
 
 
 def _drawn(keys: list[str], rows: int, *, seed: int) -> np.ndarray:
@@ -184,7 +196,10 @@ class BenchmarkReport:
     """Router → fit_seconds (of the last fit) and latency_ms (of one query)."""
 
     def rows(self) -> list[dict[str, str]]:
-        """Return one row of text for each router, best first."""
+        """Return one row of text for each router, best first: 80 characters wide at most.
+
+        How long a fit took, and all other metrics, are in `to_json`.
+        """
         estimates = self.comparison.estimates
 
         def apgr(name: str) -> float:
@@ -193,40 +208,52 @@ class BenchmarkReport:
         return [
             {
                 "router": name,
-                "APGR": shown(estimates[name]["apgr"]),
+                "APGR": _cell(estimates[name]["apgr"]),
+                "less best": _cell(self.comparison.differences[name], digits=2),
                 **{
-                    heading: shown(estimates[name][metric], interval=False)
+                    heading: _cell(estimates[name][metric], interval=False)
                     for metric, heading in SHOWN.items()
                 },
-                **{
-                    heading: f"{self.seconds[name][figure]:.1f}" if name in self.seconds else ""
-                    for figure, heading in (("fit_seconds", "fit s"), ("latency_ms", "ms"))
-                },
+                "ms": f"{self.seconds[name]['latency_ms']:.1f}" if name in self.seconds else "",
             }
             for name in sorted(estimates, key=apgr, reverse=True)
         ]
 
+    def notes(self) -> list[str]:
+        """Return what is to be said beneath the table: why cells are empty, what was left out."""
+        found = self.comparison.estimates[self.comparison.best]
+        notes = []
+        if np.isnan(found["apgr"].value):
+            notes.append(f"APGR and CPT are undefined: {found['apgr'].reason}")
+        if found["quality_gap"].value < 0:
+            pair = self.comparison.pair
+            notes.append(
+                f"{pair.strong} is worse than {pair.weak} on these rows: --weak and --strong may "
+                "have to be exchanged"
+            )
+        return notes + [f"{reason}: {rows}" for reason, rows in self.left_out.items()]
+
     def to_json(self) -> dict[str, Any]:
-        """Return the report as plain JSON values; null where a metric is undefined."""
+        """Return the report as plain JSON values; null where a metric is undefined.
+
+        Each router has every metric, `<metric>_ci`, and where a metric is undefined
+        `<metric>_reason`; `apgr_less_best` is the paired difference to the best router.
+        """
         comparison = self.comparison
 
-        def plain(value: float) -> float | None:
-            return None if np.isnan(value) else float(value)
-
         def router(name: str) -> dict[str, Any]:
-            found = comparison.estimates[name]
-            apgr = found["apgr"].interval
-            return {
-                "n": comparison.queries,
-                "apgr_ci": [plain(apgr.low), plain(apgr.high)],
-                **{metric: plain(estimate.value) for metric, estimate in found.items()},
-                **self.seconds.get(name, {}),
-            }
+            figures = dict(comparison.estimates[name])
+            figures["apgr_less_best"] = comparison.differences[name]
+            found: dict[str, Any] = {"n": comparison.queries}
+            for metric, estimate in figures.items():
+                found |= _plain(metric, estimate)
+            return {**found, **self.seconds.get(name, {})}
 
         return {
             "weak": comparison.pair.weak,
             "strong": comparison.pair.strong,
             "n": comparison.queries,
+            "best": comparison.best,
             "out_of_fold": comparison.out_of_fold,
             "test_digest": comparison.test_digest,
             "left_out": dict(self.left_out),
@@ -238,12 +265,33 @@ class BenchmarkReport:
         """Return the report as Markdown."""
         comparison = self.comparison
         how = "out of fold" if comparison.out_of_fold else "held out"
-        notes = "".join(f"- {reason}: {rows}\n" for reason, rows in self.left_out.items())
+        notes = "".join(f"- {note}\n" for note in self.notes())
         return (
             f"## {comparison.pair.weak} or {comparison.pair.strong}\n\n{comparison.queries} queries"
-            f", {how}.\n\n{markdown_table(self.rows())}\nCPT50, CPT80: share of strong calls at "
+            f", {how}.\n\n{markdown_table(self.rows())}\nless best: APGR less that of "
+            f"{comparison.best}, with the paired interval. CPT50, CPT80: share of strong calls at "
             f"which that much of the gap is recovered.\n\n{notes}"
         )
+
+
+def _cell(estimate: Estimate, *, interval: bool = True, digits: int = 3) -> str:
+    """Return a value for the table; a dash where there is none: the notes say why."""
+    if np.isnan(estimate.value):
+        return NOTHING
+    return shown(estimate, interval=interval, digits=digits)
+
+
+def _plain(metric: str, estimate: Estimate) -> dict[str, Any]:
+    def plain(value: float) -> float | None:
+        return None if np.isnan(value) else float(value)
+
+    ends = [plain(estimate.interval.low), plain(estimate.interval.high)]
+    reason = estimate.reason or estimate.interval.reason
+    return {
+        metric: plain(estimate.value),
+        f"{metric}_ci": ends,
+        **({f"{metric}_reason": reason} if reason else {}),
+    }
 
 
 @task(task_run_name="report {comparison.pair.weak}")
@@ -315,7 +363,8 @@ def judged_queries(warehouse: Warehouse, settings: PreferenceExperiment) -> Judg
     for folder in settings.benchmarks:
         found = gold_preferences(folder.directory, contaminated=folder.contaminated)
         warehouse.ingest("preferences", found.rows)
-        rows = _queries(under_our_names(found.rows, settings.preferences.names), settings.pair)
+        renamed = under_our_names(found.rows, settings.preferences.names)
+        rows, incomplete = _queries(renamed, settings.pair)
         ids = [f"{folder.name}:{query_id}" for query_id in rows["query_id"].to_pylist()]
         keys = [
             hashlib.sha256(f"{query_id} {text}".encode()).hexdigest()[:24]
@@ -324,7 +373,7 @@ def judged_queries(warehouse: Warehouse, settings: PreferenceExperiment) -> Judg
         rows = rows.set_column(0, "query_key", pa.array(keys, pa.string()))
         rows = rows.set_column(1, "query_id", pa.array(ids, pa.string()))
         tables[folder.name] = rows.append_column("split", pa.array(["test"] * rows.num_rows))
-        left_out[folder.name] = dict(found.left_out)
+        left_out[folder.name] = dict(Counter(found.left_out) + Counter(found.remarks) + incomplete)
 
     def rated(rows: pa.Table) -> RatedQueries:
         return RatedQueries(settings.pair, warehouse.write_snapshot("benchmark", rows))
@@ -367,7 +416,9 @@ def compare_on_benchmarks(
             )
         else:
             first = next(iter(found.values()))
-            found[name] = _compared_too(store, queries, own, first, name, judged.evaluation, seed)
+            found[name] = compared_too(
+                store, queries, own, first, name=name, settings=judged.evaluation, seed=seed
+            )
     return found
 
 
@@ -383,38 +434,6 @@ def _predictions_on(
         kept = Warehouse(store.directory).write_snapshot("predictions", own)
         found.append(replace(router, predictions=kept))
     return found
-
-
-def _compared_too(
-    store: Store,
-    queries: RatedQueries,
-    trained: Sequence[TrainedRouter],
-    first: Comparison,
-    name: str,
-    settings: Evaluation,
-    seed: int,
-) -> Comparison:
-    """Compare the routers of the ``first`` comparison on other queries, in the same runs."""
-    table = evaluated_queries(queries, trained)
-    weak, strong = table["weak_quality"].to_numpy(), table["strong_quality"].to_numpy()
-    win_rates = {router: table[router].to_numpy() for router in first.runs}
-    bootstrap = bootstrap_metrics(
-        win_rates, weak, strong, replicates=settings.replicates, seed=seed
-    )
-    estimates = {
-        router: bootstrap.estimates(router, level=settings.confidence) for router in first.runs
-    }
-    for router, run_id in first.runs.items():
-        tracking.log_metrics(store, run_id, flat(estimates[router], prefix=f"{name}/"))
-    digest = config_digest([table["query_key"].to_pylist(), weak.tolist(), strong.tolist()])
-    # The router that the first one chose is drawn as the best here too: it is what gets served.
-    return replace(
-        first,
-        queries=table.num_rows,
-        test_digest=digest,
-        estimates=estimates,
-        table=Warehouse(store.directory).write_snapshot("evaluation", table),
-    )
 
 
 @dataclass(frozen=True)

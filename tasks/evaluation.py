@@ -1,7 +1,8 @@
 """Evaluation: every router, random and the oracle on the same queries, with paired intervals."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +54,8 @@ class Comparison:
     it is known, and each router's win rate."""
     best: str
     """The router with the highest APGR; a control only where there is nothing else."""
+    differences: Mapping[str, Estimate] = field(default_factory=dict)
+    """Router → its APGR less the best router's, with the paired interval."""
 
 
 @task(task_run_name="compare routers of {label_set.pair.weak}")
@@ -72,24 +75,19 @@ def compare_routers(
     responses: what the LLMs answered and what it cost, where it is known: money saved is logged.
     """
     table = evaluated_queries(label_set, trained)
-    weak, strong = table["weak_quality"].to_numpy(), table["strong_quality"].to_numpy()
     names = [*(router.name for router in trained), ORACLE]
-    win_rates = {name: table[name].to_numpy() for name in names}
     with stage("Comparing routers"):
-        bootstrap = bootstrap_metrics(
-            win_rates, weak, strong, replicates=settings.replicates, seed=seed
-        )
-    estimates = {name: bootstrap.estimates(name, level=settings.confidence) for name in names}
+        bootstrap = _bootstrap(table, names, settings=settings, seed=seed)
+    best = _best(bootstrap, trained)
     tags = {"turnout.pair": label_set.pair.name(), "turnout.kind": ORACLE}
     with tracking.child_run(store, parent_id, ORACLE, tags=tags) as oracle_run:
         runs = {**{router.name: router.run_id for router in trained}, ORACLE: oracle_run}
     warehouse = Warehouse(store.directory)
-    for name in names:
-        tracking.log_metrics(store, runs[name], flat(estimates[name]))
+    judged = _judged(store, bootstrap, table, runs, best=best, level=settings.confidence)
     if responses is not None:
         table = with_costs(warehouse, table, responses, pair=label_set.pair)
         savings = saved_usd_per_1000(
-            win_rates,
+            {name: table[name].to_numpy() for name in names},
             *(table[column].to_numpy() for column in COST_COLUMNS),
             replicates=settings.replicates,
             seed=seed,
@@ -100,17 +98,77 @@ def compare_routers(
     comparison = Comparison(
         pair=label_set.pair,
         metric=metric,
-        queries=table.num_rows,
         out_of_fold=not _is_held_out(label_set, table),
-        test_digest=config_digest([table["query_key"].to_pylist(), weak.tolist(), strong.tolist()]),
-        estimates=estimates,
         runs=runs,
         label_kinds={router.name: router.settings.labels for router in trained},
         table=warehouse.write_snapshot("evaluation", table),
-        best=_best(bootstrap, trained),
+        best=best,
+        **judged,
     )
     _describe(store, comparison)
     return comparison
+
+
+def compared_too(
+    store: Store,
+    queries: RatedQueries,
+    trained: Sequence[TrainedRouter],
+    first: Comparison,
+    *,
+    name: str,
+    settings: Evaluation,
+    seed: int,
+) -> Comparison:
+    """Compare the routers of the ``first`` comparison on other queries, in the same runs.
+
+    Metrics are logged as `name/apgr` and so on. The router that the first one chose is the best
+    here too: it is what gets served.
+    """
+    table = evaluated_queries(queries, trained)
+    bootstrap = _bootstrap(table, list(first.runs), settings=settings, seed=seed)
+    judged = _judged(
+        store, bootstrap, table, first.runs,
+        best=first.best, level=settings.confidence, prefix=f"{name}/",
+    )  # fmt: skip
+    kept = Warehouse(store.directory).write_snapshot("evaluation", table)
+    return replace(first, table=kept, **judged)
+
+
+def _bootstrap(
+    table: pa.Table, names: Sequence[str], *, settings: Evaluation, seed: int
+) -> Bootstrap:
+    return bootstrap_metrics(
+        {name: table[name].to_numpy() for name in names},
+        table["weak_quality"].to_numpy(),
+        table["strong_quality"].to_numpy(),
+        replicates=settings.replicates,
+        seed=seed,
+    )
+
+
+def _judged(
+    store: Store,
+    bootstrap: Bootstrap,
+    table: pa.Table,
+    runs: Mapping[str, str],
+    *,
+    best: str,
+    level: float,
+    prefix: str = "",
+) -> dict[str, Any]:
+    """Log the metrics to the routers' runs; return what a comparison says about these queries."""
+    estimates = {name: bootstrap.estimates(name, level=level) for name in runs}
+    for name, run_id in runs.items():
+        tracking.log_metrics(store, run_id, flat(estimates[name], prefix=prefix))
+    judged = ("query_key", "weak_quality", "strong_quality")
+    return {
+        "queries": table.num_rows,
+        "test_digest": config_digest([table[column].to_pylist() for column in judged]),
+        "estimates": estimates,
+        "differences": {
+            name: bootstrap.difference(name, best, "apgr", level=level) for name in runs
+        },
+    }
 
 
 def _describe(store: Store, comparison: Comparison) -> None:

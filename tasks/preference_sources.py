@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from conf.errors import DataError, unknown_name
+from router_models.training_data import same_prompt
 from tasks.preferences import (
     AGAINST_ITSELF,
     CONTAMINATED,
@@ -40,6 +41,7 @@ Layout = Literal["arena", "gold", "alpaca"]
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 FLAGS = ("winner_model_a", "winner_tie", "winner_model_b")
 WINNERS = {"model_a": "a", "model_b": "b", "tie": "tie", "tie (bothbad)": "tie"}
+SAID = {"true": "1", "yes": "1", "false": "0", "no": "0"}
 ALPACA_REFERENCE = "gpt4_1106_preview"
 # Nearer to 0 or 1 a judge's probability says nothing but that it is certain.
 CERTAIN = 0.01
@@ -96,11 +98,17 @@ def arena_preferences(path: str, *, source: Source = "arena") -> Preferences:
 def gold_preferences(path: Path, *, contaminated: Path | None = None) -> Preferences:
     """Return the battles in a response CSV, or in all CSVs of a folder, between all its LLMs.
 
-    A CSV has the columns `prompt` and, for each LLM, whether it answered correctly: True or False,
-    or a score in [0, 1]. Text columns, such as the responses, are not read.
-    contaminated: a JSONL file of prompts (eval_prompt) that are left out; by default the folder's
-    own `contaminated_prompts.jsonl`, where there is one.
+    A CSV has the columns `prompt` and, for each LLM, whether it answered correctly: true or false,
+    yes or no, in any case, or a score in [0, 1]. Columns that mostly hold something else, such as
+    the responses, are not read; the remarks name them.
+    contaminated: a JSONL file of prompts (eval_prompt) that are left out, however they are spelled
+    (`same_prompt`); by default the folder's own `contaminated_prompts.jsonl`, where there is one.
     """
+    if not path.exists():
+        raise DataError(
+            f"{path} does not exist. Expected a folder of response CSVs, or one of them. Correct "
+            "the path."
+        )
     folder = path if path.is_dir() else path.parent
     files = sorted(folder.glob("*.csv")) if path.is_dir() else [path]
     if not files:
@@ -109,14 +117,18 @@ def gold_preferences(path: Path, *, contaminated: Path | None = None) -> Prefere
             "each LLM. Correct the path."
         )
     listed = contaminated or folder / CONTAMINATED
-    refused = set(contaminated_prompts(listed)) if contaminated or listed.exists() else set()
+    refused = contaminated_prompts(listed) if contaminated or listed.exists() else ()
+    unmet = {same_prompt(prompt): False for prompt in refused}
     records, left_out = [], Counter[str]()
+    ignored: dict[str, None] = {}
     for file in files:
-        frame, llms = _correctness(file)
+        frame, llms, others = _correctness(file)
+        ignored |= dict.fromkeys(others)
         for row, (prompt, *correct) in enumerate(
             frame[["prompt", *llms]].itertuples(index=False, name=None)
         ):
-            if prompt in refused:
+            if (normal := same_prompt(prompt)) in unmet:
+                unmet[normal] = True
                 left_out["contaminated"] += 1
                 continue
             for (a, right_a), (b, right_b) in combinations(zip(llms, correct, strict=True), 2):
@@ -129,7 +141,21 @@ def gold_preferences(path: Path, *, contaminated: Path | None = None) -> Prefere
             f"All {left_out['contaminated']} rows of {path} are contaminated: {listed} lists them. "
             "Expected rows that are not. Correct the list."
         )
-    return Preferences(battle_table(records, source="gold", dataset=str(path)), left_out)
+    remarks = {f"ignored columns ({named_first(list(ignored))})": len(ignored)} if ignored else {}
+    # Of one file alone, the folder's list is about the others too.
+    if (absent := list(unmet.values()).count(False)) and (contaminated or path.is_dir()):
+        remarks[f"prompts of {listed.name} that no row has"] = absent
+    rows = battle_table(records, source="gold", dataset=str(path))
+    return Preferences(rows, left_out, remarks)
+
+
+def named_first(names: Sequence[str], *, most: int = 3) -> str:
+    """Return the first few names for a message.
+
+    >>> named_first(["a", "b", "c", "d"])
+    'a, b, c …'
+    """
+    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
 
 
 def alpaca_preferences(path: Path, *, llms: Sequence[str] = ()) -> Preferences:
@@ -308,44 +334,82 @@ def _verdict(said: Mapping[str, Any], row: int) -> str:
     )
 
 
-def _correctness(file: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Return a response CSV, and the names of its LLMs."""
+def _correctness(file: Path) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """Return a response CSV, the names of its LLMs, and of the columns that are ignored."""
     try:
         # A prompt may well be "None" or "NA"; only an empty cell is missing.
         frame = pd.read_csv(file, keep_default_na=False, na_values=[""])
+        # Read once more: pandas gives the second of two equal names another one.
+        header = pd.read_csv(file, header=None, nrows=1, dtype=str).iloc[0].dropna().tolist()
     except (OSError, ValueError) as error:  # parser and decoding errors are ValueErrors
         raise DataError(
             f"{file} cannot be read: {error}. Expected a UTF-8 CSV: prompt, then a column for each "
             "LLM. Correct the file."
         ) from error
-    llms = [
-        str(name)
-        for name in frame.columns
-        if name != "prompt"
-        and not str(name).startswith("Unnamed:")
-        and any(isinstance(value, bool | int | float | np.number) for value in frame[name].dropna())
-    ]
-    if "prompt" not in frame.columns or len(llms) < 2:
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
         raise DataError(
-            f"{file} has the columns {', '.join(map(str, frame.columns))}. Expected prompt and, "
-            "for at least two LLMs, a column of True and False. Rename or add columns."
+            f"{file} has the column {twice[0]!r} twice. Expected a different name for each column. "
+            "Rename or drop one of them."
+        )
+    if len(frame) == 0:
+        raise DataError(
+            f"{file} has no rows, only a header. Expected rows with a prompt. Complete the "
+            "file, or take it out of the folder."
+        )
+    columns = [str(name) for name in frame.columns if not str(name).startswith("Unnamed:")]
+    right = {name: _right(frame[name]) for name in columns if name != "prompt"}
+    llms = [name for name, values in right.items() if _is_an_llms(frame[name], values)]
+    others = [name for name in right if name not in llms]
+    if "prompt" not in columns or len(llms) < 2:
+        named = others and "prompt" in columns
+        ignored = f" Mostly no True and False: {named_first(others)}." if named else ""
+        raise DataError(
+            f"{file} has the columns {', '.join(map(str, frame.columns))}.{ignored} Expected "
+            "prompt and, for at least two LLMs, a column of True and False. Rename or add columns."
         )
     for llm in llms:
-        values = pd.to_numeric(frame[llm], errors="coerce").astype(float)
-        bad = np.flatnonzero(~values.between(0, 1))
+        bad = np.flatnonzero(~right[llm].between(0, 1))
         if len(bad):
             raise DataError(
-                f"Row {bad[0]} of {file} has {frame[llm].iloc[bad[0]]!r} for {llm!r}. Expected "
-                "True, False or a score in [0, 1]. Correct the row, or drop the column if it is no "
-                "LLM's."
+                f"Line {_line(file, bad[0])} of {file} has {frame[llm].iloc[bad[0]]!r} for "
+                f"{llm!r}. Expected True, False or a score in [0, 1]. Correct the row, or drop the "
+                "column if it is no LLM's."
             )
-        frame[llm] = values
-    if len(missing := np.flatnonzero(frame["prompt"].isna())):
+        frame[llm] = right[llm]
+    frame["prompt"] = frame["prompt"].astype("string").fillna("").astype(object)
+    if len(missing := np.flatnonzero(frame["prompt"].str.strip() == "")):
         raise DataError(
-            f"Row {missing[0]} of {file} has no prompt. Expected a text. Correct or drop the row."
+            f"Line {_line(file, missing[0])} of {file} has no prompt. Expected a text. Correct or "
+            "drop the row."
         )
-    frame["prompt"] = frame["prompt"].astype(str)
-    return frame, llms
+    return frame, llms, others
+
+
+def _right(column: pd.Series) -> pd.Series:
+    """Return how right each answer is; NaN where the cell is no such thing."""
+    if column.dtype.kind in "biuf":
+        return column.astype(float)
+    said = column.astype("string").str.strip().str.casefold().replace(SAID)
+    return pd.to_numeric(said, errors="coerce").astype("float64")
+
+
+def _is_an_llms(column: pd.Series, right: pd.Series) -> bool:
+    """Tell whether most of the cells that are not empty say how right an answer is."""
+    filled = column.notna() & (column.astype("string").str.strip() != "").fillna(False)
+    return bool(right[filled].notna().sum() * 2 > filled.sum())
+
+
+def _line(file: Path, row: int) -> int:
+    """Return the line on which a row begins, as an editor counts: cells may hold line breaks."""
+    record, quoted = -1, False  # the header is record 0
+    lines = file.read_text(encoding="utf-8-sig").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not quoted and line.strip():  # pandas skips blank lines
+            record += 1
+            if record == row + 1:
+                return number
+        quoted ^= line.count('"') % 2 == 1
+    return len(lines)
 
 
 def _parquet(file: Path, columns: Sequence[str]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ A long file: the table, what follows from it and its checks are read, and change
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,8 @@ class Preferences:
 
     rows: pa.Table
     left_out: Mapping[str, int]
+    remarks: Mapping[str, int] = field(default_factory=dict)
+    """What else was not used, and how many of them: columns that are not read, for instance."""
 
 
 def battle(battle_id: str, prompt: str, a: str, b: str, a_wins: float) -> dict[str, Any]:
@@ -242,8 +244,12 @@ def other_prompts(prompts: Sequence[str], refused: Iterable[str]) -> np.ndarray:
 def contaminated_prompts(path: Path) -> tuple[str, ...]:
     """Return the `eval_prompt` of every line of a JSONL file; raises DataError for another file."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return tuple(json.loads(line)["eval_prompt"] for line in lines if line.strip())
+        # Not splitlines: JSON may hold U+2028 and other separators as they are.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        prompts = tuple(json.loads(line)["eval_prompt"] for line in lines if line.strip())
+        if bad := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise TypeError(f"eval_prompt is {bad[0]!r}")
+        return prompts
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} cannot be read: {error!r}. Expected one JSON object with eval_prompt on each "

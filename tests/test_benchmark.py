@@ -2,19 +2,25 @@
 
 import csv
 import json
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from rich.console import Console
 
 from conf.errors import ConfigError, DataError
 from conf.load import load_benchmark
+from conf.routers import KernelRidge, Knn, MatrixFactorization, Router, SimilarityWeighted, Trainer
 from conf.schema import Benchmark
 from flows.benchmark import benchmark
-from router_models.frontier import apgr
-from router_models.training_data import same_prompt
-from tasks.benchmark import benchmark_data
+from flows.cli import _table
+from router_models.catalog import build_router
+from router_models.frontier import METRICS, apgr
+from router_models.statistics import bootstrap_metrics
+from router_models.training_data import Comparisons, same_prompt
+from tasks.benchmark import BenchmarkReport, benchmark_data
 from tasks.training import evaluation_folds
 from tasks.warehouse import Warehouse
 
@@ -67,6 +73,20 @@ def test_routers_are_compared_out_of_fold(
     client = MlflowClient(f"sqlite:///{store_directory / 'mlflow.db'}")
     kept = {file.path for file in client.list_artifacts(report.run_id)}
     assert kept >= {"cost_quality.png", "benchmark.md", "benchmark.json", "win_rates"}
+    for name, router in found["routers"].items():
+        for metric in METRICS:
+            low, high = router[f"{metric}_ci"]
+            assert low <= high
+        low, high = router["apgr_less_best_ci"]
+        assert low <= router["apgr_less_best"] <= high
+        assert router["apgr_less_best"] == pytest.approx(router["apgr"] - knn["apgr"]), name
+    assert found["best"] == "knn"
+    assert found["routers"]["random"]["apgr_less_best_ci"][1] < 0
+    shown = {row["router"]: row["less best"] for row in report.rows()}
+    assert shown["knn"] == "0.00 [0.00, 0.00]"
+    assert "…" not in printed(report)
+    widest = {"router": "kernel_ridge", "less best": "-0.12 [-0.15, -0.10]", "ms": "123.4"}
+    assert "…" not in printed_rows([{**report.rows()[0], **widest}])
     kept_json = client.download_artifacts(report.run_id, "benchmark.json", str(tmp_path))
     assert json.loads(Path(kept_json).read_text()) == found
 
@@ -79,8 +99,9 @@ def test_another_folder_is_judged_without_what_was_trained_on(
         repeated = list(csv.reader(file))[1]
     with (judged / "capitals.csv").open("a", newline="") as file:
         csv.writer(file).writerow([repeated[0].upper(), *repeated[1:]])
+        csv.writer(file).writerow([repeated[0].lower(), *repeated[1:]])
     report = benchmark(settings(trained, store_directory, evaluation_directory=judged))
-    assert report.comparison.queries == 61
+    assert report.comparison.queries == 62
     assert not report.comparison.out_of_fold
     assert report.left_out == {"training prompts that are evaluated too": 1}
     assert report.to_json()["routers"]["knn"]["apgr_ci"][0] > 0.5
@@ -138,26 +159,133 @@ def test_contaminated_prompts_are_left_out_and_counted(
     assert listed not in data.battles.read()["prompt"].to_pylist()
 
 
+THREE = "prompt,small,large,other\n"
+
+
+def folder_of(tmp_path: Path, **files: str) -> Path:
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / f"{name}.csv").write_text(text)
+    return folder
+
+
+def rows_of(answers: str, *, topic: str = "q", count: int = 4) -> str:
+    return "".join(f"{topic}{row},{answers}\n" for row in range(count))
+
+
 @pytest.mark.parametrize(
-    ("header", "message"),
+    ("files", "message"),
     [
-        (("prompt", WEAK, "note"), "Expected two, or to be told|at least two LLMs"),
-        (("question", WEAK, STRONG), "Expected prompt and"),
+        (
+            {"one": "question,small,large\nq,True,False\n"},
+            r"columns question, .*Expected prompt and",
+        ),
+        (
+            {"one": "prompt,small,note\nq,True,a text\n"},
+            r"no True and False: note\..*at least two",
+        ),
+        (
+            {"one": THREE + rows_of("1,0,1")},
+            "LLMs large, other, small. Expected two, or to be told",
+        ),
+        (
+            {"one": THREE + rows_of("True,False,True") + "r,True,N/A,True\n"},
+            r"Line 6 of .*one\.csv has 'N/A' for 'large'",
+        ),
+        ({"one": THREE + rows_of("1,0,1"), "two": THREE}, r"two\.csv has no rows"),
     ],
 )
-def test_missing_columns_are_named(
-    tmp_path: Path, store_directory: Path, header: tuple[str, ...], message: str
+def test_unusable_folders_are_explained(
+    tmp_path: Path, store_directory: Path, files: dict[str, str], message: str
 ) -> None:
-    folder = answers(tmp_path / "answers", 20, header=header)
-    text = (folder / "capitals.csv").read_text()
-    if "note" in header:
-        for file in folder.glob("*.csv"):
-            lines = file.read_text().splitlines()
-            body = [line.rpartition(",")[0] + ",a text" for line in lines[1:]]
-            file.write_text("\n".join([lines[0], *body]))
-    assert text
+    folder = folder_of(tmp_path, **files)
     with pytest.raises(DataError, match=message):
         benchmark_data.fn(Warehouse(store_directory), settings(folder, store_directory))
+
+
+def test_rows_of_files_without_one_of_the_llms_are_counted(
+    tmp_path: Path, store_directory: Path
+) -> None:
+    folder = folder_of(
+        tmp_path,
+        both=THREE + rows_of("False,True,True") + rows_of("True,False,True", topic="r"),
+        maths="prompt,small,other,note\n" + rows_of("False,True,why", topic="s", count=3),
+        law="prompt,large,other\n" + rows_of("False,True", topic="t", count=2),
+    )
+    chosen = settings(folder, store_directory, weak="small", strong="large")
+    data = benchmark_data.fn(Warehouse(store_directory), chosen)
+    assert data.queries.labels.rows == 8
+    assert data.left_out == {
+        "ignored columns (note)": 1,
+        "rows of files without a column for each of the two LLMs (law.csv, maths.csv)": 5,
+    }
+
+
+def test_without_a_sure_gap_the_table_says_why_once(
+    tmp_path: Path, store_directory: Path, prefect_server: None
+) -> None:
+    folder = answers(tmp_path / "answers", 60)
+    options = {"directory": folder, "weak": STRONG, "strong": WEAK}
+    report = benchmark(load_benchmark(["length"], options, (f"store.directory={store_directory}",)))
+    assert {row["APGR"] for row in report.rows()} == {"–"}
+    assert {row["less best"] for row in report.rows()} == {"–"}
+    undefined, exchange = report.notes()
+    assert undefined == "APGR and CPT are undefined: strong is not better than weak"
+    assert f"{WEAK} is worse than {STRONG} on these rows: --weak and --strong" in exchange
+    found = report.to_json()["routers"]["length"]
+    assert (found["cpt_50"], found["cpt_50_ci"]) == (None, [None, None])
+    assert found["cpt_50_reason"] == "strong is not better than weak"
+    assert {"length", "random", "oracle"} <= set(printed(report).split())
+
+
+def printed(report: BenchmarkReport) -> str:
+    return printed_rows(report.rows())
+
+
+def printed_rows(rows: list[dict[str, str]]) -> str:
+    """Return the table as a terminal of 80 characters shows it."""
+    text = StringIO()
+    _table(Console(width=80, file=text), "", rows)
+    return text.getvalue()
+
+
+def test_routers_are_named(tmp_path: Path) -> None:
+    for named in ([""], ["knn", " "], []):
+        with pytest.raises(ConfigError, match=r"a name is empty.*Give --routers"):
+            load_benchmark(named, {"directory": tmp_path})
+
+
+KINDS = [
+    Knn(),
+    MatrixFactorization(dimension=16, trainer=Trainer(max_epochs=3, learning_rate=3e-3)),
+    SimilarityWeighted(),
+    KernelRidge(encoders=("minilm",), weights=(1,)),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.router)
+@pytest.mark.parametrize("shuffled", [False, True], ids=["true", "shuffled"])
+def test_a_router_trained_on_shuffled_labels_is_at_chance(kind: Router, shuffled: bool) -> None:
+    rng = np.random.default_rng(11)
+    hard = rng.random(400) < 0.5
+    asked = ("What is {} plus {}?", "Which city is the capital of country {} of {}?")
+    prompts = [asked[int(easy)].format(row, rng.integers(1000)) for row, easy in enumerate(~hard)]
+    weak = np.where(rng.random(400) < np.where(hard, 0.1, 0.9), 1.0, 0.0)
+    strong = np.where(rng.random(400) < 0.9, 1.0, 0.0)
+    if shuffled:  # in training as in the test: there is nothing to be known
+        moved = rng.permutation(400)
+        weak, strong = weak[moved], strong[moved]
+    train, test = np.arange(200), np.arange(200, 400)
+    win_rate = (1 + np.sign(strong - weak)) / 2
+    data = Comparisons.from_win_rates(
+        [prompts[row] for row in train], win_rate[train], weak="small", strong="large"
+    )
+    router = build_router(kind).fit(data, seed=0)
+    found = router.win_rate([prompts[row] for row in test])
+    drawn = bootstrap_metrics({"it": found}, weak[test], strong[test], replicates=400, seed=0)
+    interval = drawn.estimate("it", "apgr").interval
+    assert interval.low > 0.55 if not shuffled else interval.low <= 0.5 <= interval.high
 
 
 def test_an_unknown_llm_and_too_many_rows_are_refused(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,11 +80,80 @@ def test_metrics_are_those_of_the_enumerated_curve(data: Columns) -> None:
     area = np.trapezoid((quality - quality[0]) / gap, cost)
     assert found["apgr"] == pytest.approx(area, rel=1e-6, abs=1e-6)
     assert found["apgr_10"] == pytest.approx(tenths[1:].mean(), rel=1e-6, abs=1e-6)
-    assert found["apgr_routellm"] == pytest.approx(np.trapezoid(tenths, dx=0.1), rel=1e-6, abs=1e-6)
     assert found["pgr_at_20"] == pytest.approx(tenths[2], rel=1e-6, abs=1e-6)
     assert found["quality_drop_at_40"] == pytest.approx(
         quality[-1] - np.interp(0.6, cost, quality), abs=1e-9
     )
+
+
+def routellm_points(rate: FloatArray, weak: FloatArray, strong: FloatArray) -> FloatArray:
+    """Return (cost, quality) of each threshold as RouteLLM's evaluation finds them, (·, 2)."""
+    _, thresholds = pd.qcut(rate, 10, retbins=True, duplicates="drop")
+    to_strong = [rate >= threshold for threshold in thresholds[:-1]]
+    to_strong.append(rate > thresholds[-1])
+    points = [(routed.mean(), np.where(routed, strong, weak).mean()) for routed in to_strong]
+    return np.array(sorted(points))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(2, 130), st.integers(2, 200), st.integers(0, 10_000))
+def test_routellms_apgr_is_their_procedure(size: int, distinct: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    # Close to each other: else a decile that falls on a win rate differs from it in the last bit.
+    rate = 1 + rng.integers(0, distinct, size) / distinct / 1000
+    weak = rng.integers(0, 2, size).astype(float)
+    strong = (rng.integers(0, 2, size) * 0.5 + 0.75).astype(np.float64)
+    if strong.mean() - weak.mean() < 0.05 or len(set(rate)) == 1:
+        return
+    cost, quality = routellm_points(rate, weak, strong).T
+    area = np.trapezoid(quality - weak.mean(), cost)
+    expected = area / np.trapezoid(np.full(len(cost), strong.mean() - weak.mean()), cost)
+    assert apgr_routellm(rate, weak, strong) == pytest.approx(expected)
+
+
+def test_routellms_metrics_by_hand() -> None:
+    """Ten queries, three tied at the top, two in the middle; one that the strong LLM spoils.
+
+    Deciles by linear interpolation at positions 0, 0.9 … 9 of the sorted win rates .1 .2 .3 .5 .5
+    .6 .7 .9 .9 .9: .1 .19 .28 .44 .5 .55 .64 .76 .9 .9 .9, of which the last three are one. Strong
+    calls: 10 9 8 7 7 5 4 3, and none above .9.
+    strong − weak, from the highest win rate on: (1 1 0) 0 −1 (1 1) 0 1 0; all in all 4, which is 1.
+    cost 0   .3   .4   .5    .7    .8    .9   1
+    PGR  0   2/4  2/4  1/4   3/4   3/4   1    1
+    APGR .3·.25 + .1·.5 + .1·.375 + .2·.5 + .1·.75 + .1·.875 + .1·1 = .525
+    Ten queries have so few win rates that these are all points of the exact curve: both agree.
+
+    CPT50: PGR first reaches 1/2 at cost .3. RouteLLM interpolates cost over PGR, which falls in
+    between; a binary search ends in the step from 1/4 to 3/4, half way from .5 to .7: .6.
+    CPT80: 3/4 at .8 and 1 at .9: .8 + .1 · (.05 / .25) = .82 for both.
+    """
+    rate = np.array([0.9, 0.9, 0.9, 0.7, 0.6, 0.5, 0.5, 0.3, 0.2, 0.1])
+    weak = np.array([0, 0, 1, 1, 1, 0, 0, 1, 0, 1.0])
+    strong = np.array([1, 1, 1, 1, 0, 1, 1, 1, 1, 1.0])
+    assert apgr_routellm(rate, weak, strong) == pytest.approx(0.525)
+    assert apgr(rate, weak, strong) == pytest.approx(0.525)
+    cost, quality = routellm_points(rate, weak, strong).T
+    pgr = (quality - weak.mean()) / (strong.mean() - weak.mean())
+    assert pgr == pytest.approx([0, 0.5, 0.5, 0.25, 0.75, 0.75, 0.75, 1, 1])
+    assert cost == pytest.approx([0, 0.3, 0.4, 0.5, 0.7, 0.7, 0.8, 0.9, 1])
+    # Without rounding errors, which would decide where the search ends; 7 calls come up twice.
+    theirs = [0.0, 0.5, 0.5, 0.25, 0.75, 0.75, 0.75, 1.0, 1.0]
+    assert np.interp(0.5, theirs, cost) == pytest.approx(0.6)
+    assert cpt(rate, weak, strong, 0.5) == pytest.approx(0.3)
+    assert np.interp(0.8, theirs, cost) == pytest.approx(0.82)
+    assert cpt(rate, weak, strong, 0.8) == pytest.approx(0.82)
+
+
+def test_routellms_apgr_misses_what_lies_between_deciles() -> None:
+    """Twenty queries; the strong LLM is better on the one with the highest win rate only.
+
+    The exact curve rises to 1 at cost 1/20: 1 − 1/40 = .975. Their deciles see every second query,
+    the first at cost 2/20: 1 − 2/40 = .95.
+    """
+    rate, weak = np.arange(20) / 20, np.zeros(20)
+    strong = (rate == rate.max()).astype(float)
+    assert apgr(rate, weak, strong) == pytest.approx(0.975)
+    assert apgr_routellm(rate, weak, strong) == pytest.approx(0.95)
 
 
 @settings(max_examples=150, deadline=None)

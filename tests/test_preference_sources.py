@@ -210,9 +210,14 @@ def test_contaminated_prompts_are_left_out_and_counted(tmp_path: Path) -> None:
     [
         ("question,a,b\nq,True,False\n", r"columns question, a, b\. Expected prompt"),
         ("prompt,a\nq,True\n", r"at least two LLMs"),
-        ("prompt,a,b\nq,True,False\nr,,True\n", r"Row 1 of .* has nan for 'a'"),
-        ("prompt,a,b\nq,1,7\n", r"Row 0 of .* has .*7.* for 'b'.*score in \[0, 1\]"),
-        ("prompt,a,b\n,True,False\n", r"Row 0 of .* has no prompt"),
+        ("prompt,a,b\nq,True,False\nr,,True\n", r"Line 3 of .* has nan for 'a'"),
+        ("prompt,a,b\nq,1,7\n", r"Line 2 of .* has .*7.* for 'b'.*score in \[0, 1\]"),
+        ("prompt,a,b\n,True,False\n", r"Line 2 of .* has no prompt"),
+        ('prompt,a,b\n"q\nr",1,0\n\n"  ",1,0\n', r"Line 5 of .* has no prompt"),
+        ("prompt,a,b,c\nq,1,0,1\nr,True,0,N/A\ns,1,1,no\n", r"Line 3 of .*\.csv has 'N/A' for 'c'"),
+        ("prompt,a,b\nq,1,0\nr,1,maybe\ns,1,nan\nt,1,1\nu,0,0", r"Line 3 of .* has 'maybe'"),
+        ("prompt,w,w\nq,True,False\n", r"column 'w' twice.*Rename or drop"),
+        ("prompt,a,b\n", r"has no rows, only a header"),
         ("", r"cannot be read"),
     ],
 )
@@ -221,7 +226,34 @@ def test_bad_response_files_are_explained(text: str, message: str, tmp_path: Pat
         gold_preferences(gold_folder(tmp_path, text))
 
 
+def test_answers_may_be_spelled_in_words_and_other_columns_are_named(tmp_path: Path) -> None:
+    text = "prompt,a,b,note,more\nq,TRUE,yes,sure,\nr, false ,No,1,\ns,1,0.5,fine,\n"
+    found = gold_preferences(gold_folder(tmp_path, text))
+    assert found.rows["a_quality"].to_pylist() == [1, 0, 1]
+    assert found.rows["b_quality"].to_pylist() == [1, 0, 0.5]
+    assert found.left_out == {}
+    assert found.remarks == {"ignored columns (note, more)": 2}
+
+
+def test_listed_prompts_are_met_however_they_are_spelled(tmp_path: Path) -> None:
+    folder = gold_folder(tmp_path, GOLD)
+    prompts = ("two  LINES?", "never\u2028asked", "second?")
+    lines = [json.dumps({"eval_prompt": text}, ensure_ascii=False) for text in prompts]
+    listed = folder / "contaminated_prompts.jsonl"
+    listed.write_text("\n".join(lines), encoding="utf-8-sig")
+    found = gold_preferences(folder)
+    assert found.rows["prompt"].to_pylist() == ["Third?", "None"]
+    assert found.left_out == {"contaminated": 2}
+    assert found.remarks == {"prompts of contaminated_prompts.jsonl that no row has": 1}
+    assert gold_preferences(folder / "mmlu_law.csv").remarks == {}
+    listed.write_text('{"eval_prompt": 3}')
+    with pytest.raises(DataError, match="eval_prompt is 3"):
+        gold_preferences(folder)
+
+
 def test_other_bad_gold_input_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        gold_preferences(tmp_path / "nowhere")
     with pytest.raises(DataError, match="holds no CSV"):
         gold_preferences(tmp_path)
     (tmp_path / "latin.csv").write_bytes("prompt,a,b\ncafé,True,False\n".encode("latin-1"))

@@ -1,5 +1,7 @@
 """Preference data as a table: what follows from it, tiers, leaks, and what bad input is told."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,6 +11,7 @@ from router_models.training_data import Comparisons
 from tasks.preferences import (
     SCHEMA,
     comparisons,
+    contaminated_prompts,
     leaks,
     pair_battles,
     refuse_leaks,
@@ -42,6 +45,13 @@ def test_an_llm_without_battles_is_named() -> None:
 def test_one_class_only_is_refused(rows: list[tuple[str, str, float]], message: str) -> None:
     with pytest.raises(DataError, match=message):
         comparisons(preference_rows(*rows), weak="w", strong="s")
+
+
+def test_lines_of_a_list_end_with_a_line_feed_only(tmp_path: Path) -> None:
+    listed = tmp_path / "listed.jsonl"
+    text = '{"eval_prompt": "a\u2028b"}\r\n\n{"eval_prompt": "c\x85"}\n'
+    listed.write_text(text, encoding="utf-8-sig", newline="")
+    assert contaminated_prompts(listed) == ("a\u2028b", "c\x85")
 
 
 def arena_like(count: int = 900) -> Comparisons:

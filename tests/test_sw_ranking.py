@@ -199,6 +199,14 @@ def test_blocks_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert np.allclose(router.win_rate(ASKED), expected, rtol=0, atol=1e-7)
 
 
+def test_other_prompts_move_a_number_by_rounding_only(tmp_path: Path) -> None:
+    router, _ = fitted(tmp_path, drawn_battles(6))
+    together = router.win_rate(ASKED)
+    alone = np.concatenate([router.win_rate([asked]) for asked in ASKED])
+    assert np.ptp(together) > 0.01
+    assert np.allclose(alone, together, rtol=0, atol=1e-5)
+
+
 def test_a_saved_ranking_knows_all_its_llms(tmp_path: Path) -> None:
     router = SimilarityWeightedRouter(SimilarityWeighted(tiers=4)).fit(drawn_battles(5), seed=0)
     router.save(tmp_path)
