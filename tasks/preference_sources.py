@@ -359,7 +359,8 @@ def _correctness(file: Path) -> tuple[pd.DataFrame, list[str], list[str]]:
     columns = [str(name) for name in frame.columns if not str(name).startswith("Unnamed:")]
     right = {name: _right(frame[name]) for name in columns if name != "prompt"}
     llms = [name for name, values in right.items() if _is_an_llms(frame[name], values)]
-    others = [name for name in right if name not in llms]
+    texts = {f"{llm}_response" for llm in llms}  # RouteLLM's GSM8K file has them
+    others = [name for name in right if name not in llms and name not in texts]
     if "prompt" not in columns or len(llms) < 2:
         named = others and "prompt" in columns
         ignored = f" Mostly no True and False: {named_first(others)}." if named else ""
