@@ -8,6 +8,7 @@ from prefect import flow
 
 from conf.llms import Pair
 from conf.schema import Experiment
+from flows.promote import settle_promotions
 from tasks.controls import Training
 from tasks.evaluation import compare_routers
 from tasks.generation import collect_responses, generate_responses
@@ -15,7 +16,7 @@ from tasks.labelling import label_queries
 from tasks.pool import route_pool
 from tasks.preference_collection import CollectedPreferences, pair_preferences
 from tasks.preflight import preflight
-from tasks.promotion import carry_out, settle
+from tasks.promotion import carry_out
 from tasks.queries import ingest_queries
 from tasks.registry import judge, register_router
 from tasks.reporting import (
@@ -41,6 +42,7 @@ def pipeline(experiment: Experiment) -> RunReport:
         # Queries come from the configured source, split once and for all by a hash of their ids.
         queries = ingest_queries(warehouse, experiment.queries)
         preflight(experiment, queries)  # what would stop the run later stops it here
+        settle_promotions(experiment)  # a killed one's rest too
 
         # Every LLM answers every query several times. What is in the warehouse is not asked again.
         spent_usd = 0.0
@@ -130,8 +132,7 @@ def route_pair(
     best = next(router for router in trained if router.name == comparison.best)
     learnt = None if battles is None else battles.joined_by(best.settings)
     training = Training(store, label_set, experiment.evaluation, seed, run_id, learnt)
-    settle(store, pair.name())
     version = register_router(store, comparison, best, training)
     receipt = judge(experiment, comparison, trained, version, training)
-    carry_out(store, version, receipt)
+    receipt = carry_out(store, version, receipt, run_id=best.run_id)
     return publish_report(experiment, label_set, comparison, queries, scores, receipt, run_id)

@@ -8,6 +8,7 @@ registry, promotion, report.
 from prefect import flow
 
 from conf.schema import PreferenceExperiment
+from flows.promote import settle_promotions
 from tasks.benchmark import (
     PreferenceReport,
     compare_on_benchmarks,
@@ -17,7 +18,7 @@ from tasks.benchmark import (
 from tasks.controls import Training
 from tasks.preference_collection import collect_preferences
 from tasks.preflight import preference_preflight
-from tasks.promotion import carry_out, settle
+from tasks.promotion import carry_out
 from tasks.registry import judge, register_router
 from tasks.reporting import publish_battles
 from tasks.tracking import parent_run
@@ -32,6 +33,7 @@ def preference_pipeline(experiment: PreferenceExperiment) -> PreferenceReport:
     warehouse = Warehouse(store.directory)
     with parent_run(experiment) as run_id:
         preference_preflight(experiment)  # what would stop the run later stops it here
+        settle_promotions(experiment)  # a killed one's rest too
 
         # The benchmarks come first: no battle on one of their prompts is learnt from.
         judged = judged_queries(warehouse, experiment)
@@ -70,10 +72,9 @@ def preference_pipeline(experiment: PreferenceExperiment) -> PreferenceReport:
             run_id,
             battles.learnt_by(best.settings),
         )
-        settle(store, pair.name())
         version = register_router(store, decisive, best, training)
         receipt = judge(experiment, decisive, trained, version, training)
-        carry_out(store, version, receipt)
+        receipt = carry_out(store, version, receipt, run_id=best.run_id)
         return publish_preference_report(
             store, judged, battles, comparisons, trained, receipt, run_id
         )

@@ -19,12 +19,15 @@ def promote(
     """
     store, name = experiment.store, registered_model(experiment, model)
     why = promotion.check_may_be_promoted(store, name, version, force)
-    return promotion.promote(store, name, version, why=why)
+    return promotion.promote(store, name, version, why=why, forced=force is not None)
 
 
 @flow(name="rollback", validate_parameters=True)
 def rollback(experiment: AnyExperiment, model: str | None = None) -> Aliases:
-    """Make the previous champion the champion again, and the champion the previous one."""
+    """Make the previous champion the champion again, and the champion the previous one.
+
+    The version it leaves is not promoted again by a retraining, only by `promote` with ``force``.
+    """
     return promotion.rollback(experiment.store, registered_model(experiment, model))
 
 
@@ -33,11 +36,9 @@ def registered_model(experiment: AnyExperiment, model: str | None) -> str:
 
     A pool, which chooses among all LLMs, has a model too and is meant by its name only.
     """
-    known = [pair.name() for pair in experiment.pairs]
-    if model is None and len(known) == 1:
+    known = registered_models(experiment)
+    if model is None and len(experiment.pairs) == 1:
         return known[0]
-    if isinstance(experiment, Experiment) and experiment.pool is not None:
-        known.append(pool_model(experiment))
     if model is None:
         raise ConfigError(
             f"The experiment has {len(known)} registered models: {', '.join(known)}. Expected one "
@@ -46,3 +47,17 @@ def registered_model(experiment: AnyExperiment, model: str | None) -> str:
     if model not in known:
         raise ConfigError(unknown_name("pair", model, known) + " Choose one with --pair.")
     return model
+
+
+def registered_models(experiment: AnyExperiment) -> list[str]:
+    """Return the names of all its registered models: of its pairs, then of its pool."""
+    known = [pair.name() for pair in experiment.pairs]
+    if isinstance(experiment, Experiment) and experiment.pool is not None:
+        known.append(pool_model(experiment))
+    return known
+
+
+def settle_promotions(experiment: AnyExperiment) -> None:
+    """Finish or undo what killed promotions left, before a run spends time and money."""
+    for model in registered_models(experiment):
+        promotion.settle(experiment.store, model)

@@ -5,9 +5,13 @@ has been asked, scored and trained before is not done again. Rejecting is a norm
 run is completed either way, and its state says in its name and message what came of it.
 """
 
+from typing import Annotated
+
 from prefect import flow
 from prefect.states import Completed, State
+from pydantic import Field
 
+from conf.load import standard_gate
 from conf.schema import AnyExperiment, PreferenceExperiment
 from tasks.benchmark import PreferenceReport
 from tasks.gate import Receipt
@@ -15,21 +19,34 @@ from tasks.reporting import RunReport
 
 
 @flow(name="retrain", flow_run_name="retrain {experiment.name}", validate_parameters=True)
-def retrain(experiment: AnyExperiment) -> RunReport | PreferenceReport:
-    """Run the chain on what there is now, and put the best router into service if it earns it."""
+def retrain(
+    experiment: AnyExperiment, max_hours: Annotated[float, Field(gt=0)] | None = None
+) -> RunReport | PreferenceReport:
+    """Run the chain on what there is now, and put the best router into service if it earns it.
+
+    After ``max_hours`` it is ended and has failed, so that later runs do not wait for it for ever.
+    """
     # Prefect hands on the state's data.
-    return outcome(_report(experiment))  # type: ignore[return-value]
+    return outcome(_report(with_gate(experiment), max_hours))  # type: ignore[return-value]
 
 
-def _report(experiment: AnyExperiment) -> RunReport | PreferenceReport:
+def with_gate(experiment: AnyExperiment) -> AnyExperiment:
+    """Return the experiment with the gate of conf/gate.yaml as it is now, unless it has its own."""
+    if "gate" in experiment.model_fields_set:
+        return experiment
+    return experiment.model_copy(update={"gate": standard_gate()})
+
+
+def _report(experiment: AnyExperiment, max_hours: float | None) -> RunReport | PreferenceReport:
     """Run the experiment; the stages of the other kind are not even imported."""
+    seconds = None if max_hours is None else 3600 * max_hours
     if isinstance(experiment, PreferenceExperiment):
         from flows.preference_pipeline import preference_pipeline
 
-        return preference_pipeline(experiment)
+        return preference_pipeline.with_options(timeout_seconds=seconds)(experiment)
     from flows.pipeline import pipeline
 
-    return pipeline(experiment)
+    return pipeline.with_options(timeout_seconds=seconds)(experiment)
 
 
 def receipts_of(report: RunReport | PreferenceReport) -> list[Receipt]:

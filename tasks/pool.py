@@ -44,7 +44,16 @@ from tasks.evaluation import flat
 from tasks.figures import COLOURS, GREY
 from tasks.gate import Check, Receipt
 from tasks.progress import progress, stage
-from tasks.registry import POOL_TAG, ROOT, Version, champion, log_receipt, requirements, tag_verdict
+from tasks.registry import (
+    POOL_TAG,
+    ROOT,
+    Version,
+    champion,
+    log_receipt,
+    requirements,
+    rolled_back,
+    tag_verdict,
+)
 from tasks.training import evaluation_folds, everything
 from tasks.warehouse import Snapshot, Warehouse
 
@@ -159,8 +168,9 @@ def route_pool(
     ]
     best = max(candidates, key=lambda one: one.over_single.value)
     receipt = judge_pool(experiment, best)
-    if receipt.passed():
-        promotion.promote(experiment.store, receipt.model, receipt.version, why="passed the gate")
+    receipt = promotion.carry_out.fn(
+        experiment.store, best.version, receipt, run_id=best.routed.run_id
+    )
     return PoolReport(
         metric=metric,
         queries=len(judged),
@@ -183,9 +193,14 @@ def judge_pool(experiment: Experiment, best: Candidate) -> Receipt:
         metric=experiment.quality.label_metric,
         test_digest=best.digest,
         queries=best.queries.num_rows,
-        checks=(reproduces_choices(store, best), no_worse_than_single(best.over_single)),
+        checks=(
+            reproduces_choices(store, best),
+            no_worse_than_single(best.over_single),
+            gate.not_rolled_back(rolled_back(store, best.version)),
+        ),
         champion=champion(store, model),
         notes=("A pool's version is not compared with the champion, which it replaces.",),
+        pending=True,
     )
     log_receipt(store, best.routed.run_id, receipt)
     tag_verdict(store, best.version, receipt)
@@ -406,7 +421,7 @@ def _routed(
         curve = pool_curve(expected, quality, cost_usd)
         figure = cost_quality(curve, outcome, singles, router=settings.name, experiment=experiment)
         client.log_figure(run_id, figure, "pool/cost_quality.png")
-        version = _register(experiment, settings, router, costs, table, run_id)
+        version = _register(experiment, settings, router, costs, snapshot, run_id)
     return Candidate(
         routed=RoutedPool(settings.name, run_id, version.uri(), outcome),
         version=version,
@@ -438,7 +453,7 @@ def _register(
     settings: Any,
     router: Router,
     costs: Mapping[str, float],
-    table: pa.Table,
+    judged: Snapshot,
     run_id: str,
 ) -> Version:
     """Register the final router with what its LLMs cost; by default it chooses as it was judged."""
@@ -454,11 +469,16 @@ def _register(
             python_model=ROOT / "serving" / "router_model.py",
             artifacts={"router": str(Path(scratch, "router"))},
             code_paths=[str(ROOT / "conf"), str(ROOT / "router_models")],
-            input_example=(table["text"].to_pylist()[:2], params),
+            input_example=(judged.read()["text"].to_pylist()[:2], params),
             model_config={"cost_usd": dict(costs)},
             pip_requirements=requirements(settings),
         )
-        tags = {"router": settings.name, "metric": experiment.quality.label_metric}
+        # The same training expects and chooses the same.
+        tags = {
+            "router": settings.name,
+            "metric": experiment.quality.label_metric,
+            "training_digest": judged.digest,
+        }
         version = mlflow.register_model(logged.model_uri, name, tags=tags)
     client.set_registered_model_tag(name, POOL_TAG, "all")
     return Version(name, str(version.version), run_id)

@@ -7,14 +7,17 @@ exactly one loadable champion is there, and the next one that comes (`settle`) r
 the champion had moved it finishes the rest, if not it puts everything back. An exception, such as a
 failing smoke test, undoes the move at once: on-rollback hooks of a Prefect transaction.
 
-One promotion of a model at a time: MLflow cannot compare and set, so the deployment runs one at a
-time, and a note of a process that is still alive refuses a second one.
+One promotion of a model at a time: in a local store behind a file lock. A server's store has no
+lock, and MLflow cannot compare and set: there a note is read back before anything moves, and nobody
+touches another's note, unless its process is gone or an hour has passed (a promotion takes
+minutes). What remains is the instant between two reads; the deployment runs one at a time.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+import fcntl
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from prefect import task
@@ -23,142 +26,161 @@ from prefect.transactions import CommitMode, Transaction, transaction
 from conf.errors import ArtifactError, ConfigError, StoreError, unknown_name
 from conf.schema import Store
 from serving.score import win_rates_in_clean_process
-from tasks import tracking
+from tasks import gate, tracking
+from tasks.aliases import Aliases, Note
 from tasks.gate import Receipt
-from tasks.processes import is_gone, this_process
 from tasks.progress import stage
 from tasks.registry import (
     CHALLENGER,
     CHAMPION,
     PASSED,
     PREVIOUS,
+    PROMOTED_AT,
+    ROLLED_BACK,
     VERDICT_TAG,
     Version,
     aliased,
+    log_receipt,
+    tag_verdict,
 )
 
 NOTE = "turnout.promotion"
 ALIASES = (PREVIOUS, CHAMPION, CHALLENGER)
 SMOKE_QUERIES = ("What is the capital of France?", "Prove that √2 is irrational.", "?")
+ANY = "any"  # champion: it does not matter which one it is
+
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Aliases:
-    """Which version each alias of a registered model points to; None for none."""
-
-    model: str
-    champion: str | None = None
-    previous: str | None = None
-    challenger: str | None = None
-
-    def of(self, alias: str) -> str | None:
-        """Return the version of one alias."""
-        return {
-            CHAMPION: self.champion,
-            PREVIOUS: self.previous,
-            CHALLENGER: self.challenger,
-        }[alias]
-
-    def promoted(self, version: str) -> "Aliases":
-        """Return them after the promotion of a version: previous ← champion ← version."""
-        if version == self.champion:
-            return self
-        challenger = None if self.challenger == version else self.challenger
-        return Aliases(self.model, version, self.champion or self.previous, challenger)
-
-    def swapped(self) -> "Aliases":
-        """Return them with champion and previous in each other's place."""
-        return Aliases(self.model, self.previous, self.champion, self.challenger)
-
-
-@dataclass(frozen=True)
-class Note:
-    """What is under way, written before the first alias moves."""
-
-    before: Aliases
-    after: Aliases
-    why: str
-    process: str
-    """Who is at it."""
-    at: str
-
-    def to_json(self) -> str:
-        """Return the note as the text of a tag."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Note":
-        """Return the note that `to_json` wrote."""
-        kept = json.loads(text)
-        before, after = Aliases(**kept.pop("before")), Aliases(**kept.pop("after"))
-        return cls(before, after, **kept)
+class OvertakenError(StoreError):
+    """Somebody else has moved the aliases, or is moving them."""
 
 
 @task(task_run_name="carry out the verdict on {version.model} version {version.version}")
-def carry_out(store: Store, version: Version, receipt: Receipt) -> Aliases:
+def carry_out(store: Store, version: Version, receipt: Receipt, *, run_id: str) -> Receipt:
     """Promote a version that passed the gate; make a sound one that may yet prove better the
-    challenger, whose win rates a gateway can record beside the champion's."""
-    if receipt.passed():
-        return promote(store, version.model, version.version, why="passed the gate")
-    if receipt.challenger:
-        client = tracking.client(store)
-        client.set_registered_model_alias(version.model, CHALLENGER, version.version)
-    return aliases(store, version.model)
+    challenger, whose win rates a gateway can record beside the champion's.
+
+    Return the receipt as it came out, and log it in the run ``run_id`` that was judged: what passed
+    is rejected after all when it does not answer, or the champion is another than it was.
+    """
+    model = version.model
+    if not receipt.passed():
+        if receipt.challenger:
+            tracking.client(store).set_registered_model_alias(model, CHALLENGER, version.version)
+        return receipt
+    try:
+        promote(store, model, version.version, why="passed the gate", expected=receipt.champion)
+    except OvertakenError as error:
+        receipt = receipt.but(gate.champion_unchanged(error))
+    except ArtifactError as error:
+        receipt = receipt.but(gate.answers_at_promotion(error))
+    receipt = replace(receipt, pending=False)
+    log_receipt(store, run_id, receipt)
+    tag_verdict(store, Version(model, version.version, run_id), receipt)
+    return receipt
 
 
-def promote(store: Store, model: str, version: str, *, why: str) -> Aliases:
+def promote(
+    store: Store,
+    model: str,
+    version: str,
+    *,
+    why: str,
+    expected: str | None = ANY,
+    forced: bool = False,
+) -> Aliases:
     """Make a version the champion; the champion so far becomes the previous one.
 
-    Raises ArtifactError, with everything as it was, when the version fails its smoke test.
+    expected: the champion that it is to replace, None for none.
+    forced: whether it may have been rolled back, which is forgotten then.
+    Raises ArtifactError when the version fails its smoke test, and OvertakenError when the champion
+    is not the expected one or somebody else is at it; everything is as it was then.
     """
-    settle(store, model)
-    before = aliases(store, model)
-    after = before.promoted(version)
-    if after != before:
-        smoke_test(store, f"models:/{model}/{version}")
-        _move(store, _note(before, after, why))
+    smoke_test(store, f"models:/{model}/{version}")
+    with _alone(store):
+        _settle(store, model)
+        before = aliases(store, model)
+        if expected not in (ANY, before.champion):
+            raise OvertakenError(
+                f"Version {before.champion} is the champion of {model}. Expected "
+                f"{expected or 'none'}, which version {version} was held against. Run again."
+            )
+        after = before.promoted(version)
+        if after != before:
+            _move(store, Note(before, after, why, "forced" if forced else "promotion"))
+        elif forced:
+            tracking.client(store).delete_model_version_tag(model, version, ROLLED_BACK)
     return after
 
 
 def rollback(store: Store, model: str, *, why: str = "rolled back") -> Aliases:
-    """Swap champion and previous. Raises StoreError where there is no other version."""
-    settle(store, model)
-    before = aliases(store, model)
-    after = before.swapped()
-    if before.previous is None or before == after:
-        raise StoreError(
-            f"{model} has champion {before.champion} and previous {before.previous}. Expected two "
-            "different versions to swap. Promote another version with `turnout promote VERSION`."
-        )
-    smoke_test(store, f"models:/{model}/{before.previous}")
-    _move(store, _note(before, after, why))
+    """Swap champion and previous; the version it leaves is not promoted again by itself.
+
+    Raises StoreError where there is no other version.
+    """
+    previous = aliases(store, model).previous
+    if previous is not None:
+        smoke_test(store, f"models:/{model}/{previous}")
+    with _alone(store):
+        _settle(store, model)
+        before = aliases(store, model)
+        after = before.swapped()
+        if before.previous is None or before == after:
+            raise StoreError(
+                f"{model} has champion {before.champion} and previous {before.previous}. Expected "
+                "two different versions to swap. Promote another version with "
+                "`turnout promote VERSION`."
+            )
+        if before.previous != previous:
+            raise OvertakenError(
+                f"The previous version of {model} is {before.previous} now. Expected {previous}, "
+                "which was asked whether it answers. Run again."
+            )
+        _move(store, Note(before, after, why, "rollback"))
     return after
 
 
 def settle(store: Store, model: str) -> str:
     """Finish or undo what a process that died left half done; return what was done.
 
-    `nothing`, `finished` (the champion had moved) or `undone` (it had not, or does not load).
-    Raises StoreError while the process is still at it.
+    `nothing`, `finished` (the champion had moved), `undone` (it had not, or does not load) or
+    `dropped` (somebody has since set the champion by hand, which stays).
+    Raises OvertakenError while the process may still be at it.
     """
+    if _pending(store, model) is None:  # the usual case, for which nobody need wait
+        return "nothing"
+    with _alone(store):
+        return _settle(store, model)
+
+
+def _settle(store: Store, model: str) -> str:
     note = _pending(store, model)
     if note is None:
         return "nothing"
-    if note.process != this_process() and not is_gone(note.process):
-        raise StoreError(
+    if not note.is_abandoned():
+        raise OvertakenError(
             f"Version {note.after.champion} of {model} is being made the champion since {note.at}, "
-            f"by process {note.process}. Expected one promotion at a time. Wait for it; if that "
-            f"machine is lost, delete the tag {NOTE} of the registered model."
+            f"by process {note.process}. Expected one promotion at a time. Wait for it; an hour "
+            "after that time it counts as abandoned."
         )
-    if aliases(store, model).champion == note.after.champion != note.before.champion:
+    champion = aliases(store, model).champion
+    if champion == note.after.champion:
         try:
             _finish(store, note)
         except ArtifactError:
             _undo(store, note)
             return "undone"
         return "finished"
-    _undo(store, note)
-    return "undone"
+    if champion == note.before.champion:
+        _undo(store, note)
+        return "undone"
+    _log.warning(
+        "%s: version %s was being made the champion, but somebody has set it to %s since. The "
+        "aliases stay as they are.", model, note.after.champion, champion,
+    )  # fmt: skip
+    _drop(store, note)
+    return "dropped"
 
 
 def smoke_test(store: Store, uri: str) -> None:
@@ -186,7 +208,8 @@ def aliases(store: Store, model: str) -> Aliases:
 def check_may_be_promoted(store: Store, model: str, version: str, force: str | None) -> str:
     """Return why a version may be promoted by hand: the gate passed it, or a reason is given.
 
-    Raises ConfigError for a version that is not there, or did not pass and has no reason.
+    Raises ConfigError for a version that is not there, and for one that did not pass or was rolled
+    back where no reason is given.
     """
     client = tracking.client(store)
     found = {str(one.version): one for one in client.search_model_versions(f"name = '{model}'")}
@@ -200,22 +223,36 @@ def check_may_be_promoted(store: Store, model: str, version: str, force: str | N
             "The reason for --force is empty. Expected why the gate is overruled; it is kept with "
             "the version. Write it in a few words."
         )
-    verdict = found[version].tags.get(VERDICT_TAG, "not judged")
+    tags = found[version].tags
+    verdict = tags.get(VERDICT_TAG, "not judged")
     if force is not None:
         return f"forced ({verdict} by the gate): {force.strip()}"
     if verdict != PASSED:
-        failed = found[version].tags.get("gate.failed")
+        failed = tags.get("gate.failed")
         raise ConfigError(
             f"Version {version} of {model} is {verdict}{f' for: {failed}' if failed else ''}. "
             f"Expected the gate's verdict to be {PASSED!r}. Promote another version, or give a "
             "reason: --force REASON."
         )
+    if ROLLED_BACK in tags:
+        raise ConfigError(
+            f"Version {version} of {model} was rolled back ({tags[ROLLED_BACK]}). Expected one "
+            "that nobody took out of service. Promote another version, or give a reason: "
+            "--force REASON."
+        )
     return "by hand, passed the gate"
 
 
-def _note(before: Aliases, after: Aliases, why: str) -> Note:
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Note(before, after, why, this_process(), now)
+@contextmanager
+def _alone(store: Store) -> Iterator[None]:
+    """Wait for, and keep, the lock of a local store; a server's has none."""
+    if not store.is_local():
+        yield
+        return
+    store.directory.mkdir(parents=True, exist_ok=True)
+    with open(store.directory / "promotion.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, or the process has ended
+        yield
 
 
 def _pending(store: Store, model: str) -> Note | None:
@@ -231,40 +268,60 @@ def _pending(store: Store, model: str) -> Note | None:
 
 
 def _move(store: Store, note: Note) -> None:
-    """Write the note, move the aliases, ask the new champion, take the note away; or undo it."""
+    """Write the note and read it back, move the aliases, ask the new champion, take the note away.
+
+    Undo it all if that fails.
+    """
 
     def undo(_: Transaction) -> None:
         _undo(store, note)
 
+    client, model = tracking.client(store), note.after.model
+    client.set_registered_model_tag(model, NOTE, note.to_json())
+    if _pending(store, model) != note or aliases(store, model) != note.before:
+        _drop(store, note)
+        raise OvertakenError(
+            f"Somebody else is moving the aliases of {model}. Expected them as they were, "
+            f"{note.before}. Run again."
+        )
     # Eager: what is finished stays, whatever the flow around it comes to.
     with transaction(commit_mode=CommitMode.EAGER) as moving:
         moving.stage(note.to_json(), on_rollback_hooks=[undo])
-        client = tracking.client(store)
-        client.set_registered_model_tag(note.after.model, NOTE, note.to_json())
         _finish(store, note)
 
 
 def _finish(store: Store, note: Note) -> None:
     """Bring the aliases to where the note wants them; every step may be repeated."""
-    client, model = tracking.client(store), note.after.model
+    client, model, new = tracking.client(store), note.after.model, str(note.after.champion)
     _set(store, note.after, ALIASES)
     smoke_test(store, f"models:/{model}@{CHAMPION}")
     tags = {
         "promotion.why": note.why,
-        "promotion.at": note.at,
+        PROMOTED_AT: note.at,
         "promotion.instead_of": note.before.champion or "none",
     }
     for key, value in tags.items():
-        client.set_model_version_tag(model, str(note.after.champion), key, value)
+        client.set_model_version_tag(model, new, key, value)
+    if note.kind == "forced":
+        client.delete_model_version_tag(model, new, ROLLED_BACK)
+    if note.kind == "rollback" and note.before.champion is not None:
+        left = f"{note.at}: {note.why}"
+        client.set_model_version_tag(model, note.before.champion, ROLLED_BACK, left)
     _mark(store, note.after)
-    client.delete_registered_model_tag(model, NOTE)
+    _drop(store, note)
 
 
 def _undo(store: Store, note: Note) -> None:
-    """Put the aliases back, the champion first, and take the note away if it is there."""
-    _set(store, note.before, (CHAMPION, PREVIOUS, CHALLENGER))
-    _mark(store, note.before)
-    if _pending(store, note.before.model) is not None:
+    """Put the aliases back, the champion first, and take the note away; not if it is another's."""
+    if _pending(store, note.before.model) == note:
+        _set(store, note.before, (CHAMPION, PREVIOUS, CHALLENGER))
+        _mark(store, note.before)
+        _drop(store, note)
+
+
+def _drop(store: Store, note: Note) -> None:
+    """Take the note away if it is this one."""
+    if _pending(store, note.before.model) == note:
         tracking.client(store).delete_registered_model_tag(note.before.model, NOTE)
 
 

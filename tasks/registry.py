@@ -19,6 +19,7 @@ from conf.errors import ArtifactError
 from conf.load import config_digest
 from conf.routers import Router as RouterSettings
 from conf.schema import AnyExperiment, Gate, Store
+from router_models.catalog import load_router
 from router_models.statistics import Estimate, bootstrap_metrics
 from serving.score import win_rates_in_clean_process
 from tasks import controls, gate, tracking
@@ -27,7 +28,7 @@ from tasks.evaluation import CONTROLS, ORACLE, Comparison
 from tasks.figures import arms_figure
 from tasks.gate import Check, Receipt
 from tasks.progress import stage
-from tasks.training import TrainedRouter, timings
+from tasks.training import TrainedRouter, latency_ms, timings
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -39,6 +40,11 @@ CHALLENGER = "challenger"
 VERDICT_TAG = "gate"
 PASSED = "passed"
 RECEIPT_TAG = "gate.receipt"
+AGAINST_TAG = "gate.against"  # the champion that a version was held against
+FIGURE = "gate/comparison.png"
+DESCRIPTION_CHARACTERS = 5_000  # that MLflow's database holds
+PROMOTED_AT = "promotion.at"
+ROLLED_BACK = "promotion.rolled_back"  # when and why; such a version is not promoted by itself
 POOL_TAG = "turnout.pool"  # on the runs and the model of routers that choose among all LLMs
 REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "numpy", "scipy", "pydantic")
 # Routers that name the packaged encoder instead of keeping a copy of it.
@@ -58,6 +64,10 @@ class Version:
     def uri(self) -> str:
         """Return the URI that MLflow loads it by."""
         return f"models:/{self.model}/{self.version}"
+
+    def key(self) -> tuple[str, str]:
+        """Return the model's name and the version's number, as MLflow's client wants them."""
+        return self.model, self.version
 
 
 @task(task_run_name="register {router.name}")
@@ -151,17 +161,20 @@ def judge(
     current = champion(store, version.model)
     arms = _arms(comparison, trained, training)
     against = challenge(store, version, current, comparison, settings, tried, training=training)
+    left = None if version.version == current else rolled_back(store, version)
     own, shown = _own_checks(arms, comparison, settings, tried, training)
     duplicates, evaluated = controls.duplicated_prompts(training)
-    shuffled = controls.shuffled_control(training, router.settings)
+    shuffled = controls.shuffled_control(training, router.settings, level=settings.confidence)
     checks = (
         own[0],
         reproduction(store, comparison, router, version, settings),
         *own[1:],
         gate.chance_on_shuffled(shuffled.estimate("shuffled", "apgr", level=settings.confidence)),
         gate.no_duplicates(duplicates, evaluated, settings),
+        *against.also,
         against.check,
-        gate.fast_enough(timings(router)["latency_ms"], settings),
+        gate.not_rolled_back(left),
+        gate.fast_enough(latency(router, comparison, settings), settings),
     )
     receipt = Receipt(
         model=version.model,
@@ -174,12 +187,15 @@ def judge(
         champion=current,
         arms=shown | against.arms,
         notes=(*against.notes, *_notes(tried)),
+        figure=tracking.artifact_url(store, router.run_id, FIGURE),
         challenger=against.gain is not None and gate.may_challenge(against.gain, checks, settings),
+        pending=True,
     )
     if against.champion is not None:
         arms[CHAMPION] = against.champion.win_rate
     _log_judgement(store, router, receipt, arms, comparison)
-    if version.version != current:  # the champion keeps the evidence by which it became it
+    # A version that is or was the champion keeps the evidence by which it became it.
+    if PROMOTED_AT not in tracking.client(store).get_model_version(*version.key()).tags:
         _tag(experiment, comparison, router, version, receipt, training)
     return receipt
 
@@ -244,7 +260,7 @@ def _log_judgement(
         title=receipt.title(),
     )
     log_receipt(store, router.run_id, receipt)
-    tracking.client(store).log_figure(router.run_id, figure, "gate/comparison.png")
+    tracking.client(store).log_figure(router.run_id, figure, FIGURE)
 
 
 def log_receipt(store: Store, run_id: str, receipt: Receipt) -> None:
@@ -296,12 +312,20 @@ def tag_verdict(store: Store, version: Version, receipt: Receipt) -> None:
         VERDICT_TAG: PASSED if receipt.passed() else "rejected",
         "gate.failed": ", ".join(receipt.failures()) or "none",
         RECEIPT_TAG: f"runs:/{version.run_id}/gate/receipt.md",
+        AGAINST_TAG: receipt.champion or "none",
     }
     for key, value in tags.items():
         client.set_model_version_tag(version.model, version.version, key, value)
-    # MLflow's list of versions shows the first words only: the outcome comes first.
+    client.update_model_version(version.model, version.version, description(receipt))
+
+
+def description(receipt: Receipt) -> str:
+    """Return the version's description; where all goes wrong at once, its end is in the run only.
+
+    MLflow's list of versions shows the first words only: the outcome comes first.
+    """
     page = f"**{receipt.summary()}**: {receipt.router}\n\n{receipt.to_markdown()}"
-    client.update_model_version(version.model, version.version, page)
+    return page[:DESCRIPTION_CHARACTERS]
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,6 +333,8 @@ class Challenge:
     """What came of holding a candidate against the champion."""
 
     check: Check
+    also: tuple[Check, ...] = ()
+    """Whether it was judged as the champion was."""
     gain: Estimate | None = None
     champion: ChampionArm | None = None
     arms: dict[str, str] = field(default_factory=dict)
@@ -326,18 +352,23 @@ def challenge(
     training: Training,
 ) -> Challenge:
     """Compare the candidate with the champion, query by query, on queries new to both."""
+    if current is None and ever_promoted(store, version.model):
+        return Challenge(gate.champion_gone())
     if current is None:
         return Challenge(gate.champion_check("no champion yet", passed=True))
     if current == version.version:
         return Challenge(gate.champion_check("it is the champion: nothing changed", passed=False))
+    tags = tracking.client(store).get_model_version(version.model, current).tags
+    alike = (gate.judged_alike(comparison.metric, tags.get("metric")),)
     try:
         arm = controls.champion_arm(store, version.model, current, comparison)
     except ArtifactError as error:
-        return Challenge(gate.champion_check(f"cannot be scored: {error}", passed=False))
+        missing = gate.champion_check(f"cannot be scored: {error}", passed=False)
+        return Challenge(missing, alike)
     rows = arm.fair()
     if len(rows) == 0:
         check = gate.champion_check("no query that the champion was not trained on", passed=False)
-        return Challenge(check, notes=(arm.note,))
+        return Challenge(check, alike, notes=(arm.note,))
     table = comparison.table.read().take(pa.array(rows))
     bootstrap = bootstrap_metrics(
         {"candidate": table[comparison.best].to_numpy(), CHAMPION: arm.win_rate[rows]},
@@ -346,19 +377,48 @@ def challenge(
         replicates=training.evaluation.replicates,
         seed=training.seed,
     )
-    level = gate.promotion_level(settings, tried)
+    nth = 1 + judged_before(store, version, comparison.test_digest)
+    level = gate.promotion_level(settings, tried, nth)
     gain = bootstrap.difference("candidate", CHAMPION, "apgr", level=level)
     own = bootstrap.estimate(CHAMPION, "apgr", level=settings.confidence)
-    tags = tracking.client(store).get_model_version(version.model, current).tags
     same = tags.get("test_digest") == comparison.test_digest
     digests = "the same test digest" if same else "another test digest than it was judged on"
     return Challenge(
         check=gate.better_than_champion(gain, settings, queries=len(rows)),
+        also=alike,
         gain=gain,
         champion=arm,
         arms={f"{CHAMPION} (version {current})": gate.shown(own)},
-        notes=(f"{arm.note} This is {digests}.",),
+        notes=(
+            f"{arm.note} This is {digests}.",
+            f"{nth - 1 or 'No'} other versions were held against a champion on these test queries. "
+            f"At most {settings.max_false_promotions:.1%} of retrains promote a version that is no "
+            f"better; the level, {level:.4%}, counts {nth} versions.",
+        ),
     )
+
+
+def judged_before(store: Store, version: Version, test_digest: str) -> int:
+    """Return how many other versions were held against a champion on the same test queries."""
+    found = tracking.client(store).search_model_versions(
+        f"name = '{version.model}' AND tags.test_digest = '{test_digest}'"
+    )
+    return sum(
+        str(one.version) != version.version and one.tags.get(AGAINST_TAG, "none") != "none"
+        for one in found
+    )
+
+
+def latency(router: TrainedRouter, comparison: Comparison, settings: Gate) -> float:
+    """Return the time of a query in ms: as training measured it, or now if that was too long.
+
+    The same training is judged again on other nights, and one busy hour must not decide for ever.
+    """
+    measured = timings(router)["latency_ms"]
+    if measured <= settings.max_latency_ms:
+        return measured
+    texts = comparison.table.read()["text"].to_pylist()
+    return min(measured, latency_ms(load_router(router.directory), texts))
 
 
 def reproduction(
@@ -382,6 +442,25 @@ def reproduction(
     except ArtifactError as error:
         return gate.does_not_load(error, settings)
     return gate.reproduces([rate[key] for key in table["query_key"].to_pylist()], loaded, settings)
+
+
+def rolled_back(store: Store, version: Version) -> str | None:
+    """Return when and why a version, or another of the very same training, was rolled back."""
+    found = tracking.client(store).search_model_versions(f"name = '{version.model}'")
+    digest = {str(one.version): one.tags.get("training_digest") for one in found}
+    same = digest.get(version.version)
+    for one in found:
+        is_it = str(one.version) == version.version
+        if ROLLED_BACK in one.tags and (is_it or (same and digest[str(one.version)] == same)):
+            return str(one.tags[ROLLED_BACK])
+    return None
+
+
+def ever_promoted(store: Store, model: str) -> bool:
+    """Tell whether a model has, or had, a champion."""
+    versions = tracking.client(store).search_model_versions(f"name = '{model}'")
+    known = any(PROMOTED_AT in one.tags for one in versions)
+    return known or aliased(store, model, PREVIOUS) is not None
 
 
 def champion(store: Store, model: str) -> str | None:

@@ -7,13 +7,14 @@ most files here: what is found, how, and what must be said about it belong toget
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from conf.errors import ConfigError, DataError
+from conf.errors import ArtifactError, ConfigError, DataError
 from conf.llms import Pair
 from conf.load import config_digest
 from conf.schema import Evaluation, Store
@@ -170,15 +171,20 @@ def compare_run_with_champion(
     router_run = champion_run(store, pair)
     parent = parent_of(store, router_run)
     if parent is not None and parent != run_id:
-        other = judged_run(store, parent, pair)
-        name = next((name for name, child in other.routers.items() if child == router_run), None)
-        judged = set(other.table["query_key"].to_pylist())
+        name, judged = None, set[str]()
+        with suppress(ArtifactError):  # of a run that was killed before it was judged
+            other = judged_run(store, parent, pair)
+            name = next(
+                (name for name, child in other.routers.items() if child == router_run), None
+            )
+            judged = set(other.table["query_key"].to_pylist())
         if name is not None and judged >= set(own.table["query_key"].to_pylist()):
             runs.append(replace(other, routers={name: other.routers[name]}))
         else:
             note = (
-                "The champion was judged on other queries, so it is not in these tables; the "
-                "gate's receipt holds it against the candidate on queries new to both."
+                "The champion's own run did not judge it on all these queries, so it is not in "
+                "these tables; the gate's receipt holds it against the candidate on queries new to "
+                "both."
             )
     found = compared(store, runs, evaluation=evaluation, seed=seed)
     return replace(found, notes=(*found.notes, note)) if note else found

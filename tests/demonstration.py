@@ -1,4 +1,4 @@
-"""A router's life on a fresh store, as a user lives it: five commands, five receipts or tables.
+"""A router's life on a fresh store, as a user lives it: six commands, each with its receipt.
 
     python tests/demonstration.py [DIRECTORY] [--markdown FILE]
 
@@ -116,6 +116,17 @@ STEPS = (
         summary="",
         champion="1",
         previous="3",
+    ),
+    Step(
+        title="The night after",
+        tells="The schedule comes round, on the data that made the version which was rolled back. "
+        "Its figures are as good as they were, but a person took it out of service: only a person "
+        "can bring it back.",
+        words=("retrain", "queries.path=better.jsonl"),
+        summary="rejected: rolled back",
+        champion="1",
+        previous="3",
+        failures=("not rolled back",),
     ),
 )
 

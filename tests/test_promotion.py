@@ -4,18 +4,24 @@ Real stores throughout. The kills are real ones: a forked process is killed befo
 which it changes the registry, and what it leaves is looked at and settled by another.
 """
 
+import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import demonstration
 import mlflow
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from prefect import flow
+from prefect.settings import PREFECT_API_URL
 
 import flows.pipeline
 from conf.errors import ArtifactError, ConfigError, StoreError
@@ -29,10 +35,21 @@ from flows.promote import rollback as rollback_flow
 from flows.retrain import outcome, retrain
 from router_models.controls import RandomRouter
 from router_models.training_data import Comparisons
-from tasks import promotion, tracking
+from tasks import gate, promotion, tracking
 from tasks.gate import Check, Receipt
-from tasks.promotion import NOTE, Aliases, aliases, promote, rollback
-from tasks.registry import CHALLENGER, ROOT
+from tasks.judged_runs import receipts
+from tasks.processes import this_process
+from tasks.promotion import (
+    NOTE,
+    Aliases,
+    OvertakenError,
+    aliases,
+    carry_out,
+    promote,
+    rollback,
+    settle,
+)
+from tasks.registry import CHALLENGER, ROLLED_BACK, ROOT, Version, challenge, rolled_back
 from tasks.reporting import Leaderboard, PairReport, RunReport
 
 MODEL = "small--large"
@@ -116,6 +133,203 @@ def test_rollback_swaps_and_swaps_back(store: Store, answering: list[str]) -> No
     assert rollback(store, MODEL) == Aliases(MODEL, "2", "1")
 
 
+def test_a_version_that_was_rolled_back_comes_back_by_force_only(
+    store: Store, answering: list[str], prefect_server: None
+) -> None:
+    mine, client = experiment(store), tracking.client(store)
+    promote(store, MODEL, "1", why="first")
+    promote(store, MODEL, "2", why="better")
+    rollback(store, MODEL, why="wrong answers")
+    tag = client.get_model_version(MODEL, "2").tags[ROLLED_BACK]
+    assert tag.endswith(": wrong answers")
+    assert rolled_back(store, Version(MODEL, "2", "")) == tag
+    assert rolled_back(store, Version(MODEL, "1", "")) is None
+    # Nor does a version of the very same training come instead.
+    for version in ("2", "3"):
+        client.set_model_version_tag(MODEL, version, "training_digest", "abc")
+    assert rolled_back(store, Version(MODEL, "3", "")) == tag
+    assert not gate.not_rolled_back(tag).passed
+    assert gate.not_rolled_back(None).passed
+    with pytest.raises(ConfigError, match=r"Version 2 of small--large was rolled back .*wrong"):
+        promote_flow(mine, "2")
+    assert promote_flow(mine, "2", force="it was the network") == Aliases(MODEL, "2", "1")
+    assert rolled_back(store, Version(MODEL, "2", "")) is None
+
+
+def judged(store: Store, version: str, *, champion: str | None) -> tuple[Receipt, str]:
+    """Return a receipt that passed, as the gate leaves it, and the run that it is about."""
+    checks = (Check("latency within budget", "1 ms", "9 ms", passed=True),)
+    receipt = Receipt(
+        *(MODEL, version, "knn", "gold", "abc", 300), checks, champion=champion, pending=True
+    )
+    client = tracking.client(store)
+    return receipt, client.create_run(tracking.experiment_id(store)).info.run_id
+
+
+def carried_out(store: Store, version: str, *, champion: str | None) -> tuple[Receipt, Receipt]:
+    """Carry a passed verdict out; return the receipt, and the one that MLflow shows."""
+    receipt, run_id = judged(store, version, champion=champion)
+    assert receipt.verdict() == "passed"
+    receipt = carry_out.fn(store, Version(MODEL, version, run_id), receipt, run_id=run_id)
+    (kept,) = receipts(store, [run_id])
+    found = tracking.client(store).get_model_version(MODEL, version)
+    assert found.tags["gate"] == ("passed" if receipt.passed() else "rejected")
+    assert str(found.description).startswith(f"**{receipt.summary()}**")
+    return receipt, kept
+
+
+def test_a_verdict_is_carried_out_against_the_champion_it_is_about(
+    store: Store, answering: list[str]
+) -> None:
+    told, shown = carried_out(store, "1", champion=None)
+    assert told.verdict() == shown.verdict() == "promoted"
+    promote(store, MODEL, "2", why="by hand, meanwhile")
+    told, shown = carried_out(store, "3", champion="1")
+    assert told.summary() == shown.summary() == "rejected: the champion changed meanwhile"
+    assert told.next_steps()[0].startswith("Run again")
+    assert aliases(store, MODEL) == Aliases(MODEL, "2", "1")
+    assert not pending(store)
+
+
+def test_what_does_not_answer_is_not_shown_as_promoted(
+    store: Store, answering: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(store, MODEL, "1", why="first")
+
+    def fails(store: Store, uri: str) -> None:
+        raise ArtifactError(f"{uri} is broken")
+
+    monkeypatch.setattr(promotion, "smoke_test", fails)
+    told, shown = carried_out(store, "2", champion="1")
+    assert told.summary() == shown.summary() == "rejected: fails its smoke test"
+    assert aliases(store, MODEL) == Aliases(MODEL, "1")
+
+
+def test_a_champion_that_came_during_the_smoke_test_is_not_lost(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = False
+
+    def meanwhile(store: Store, uri: str) -> None:
+        if uri.endswith("/2"):
+            promote(store, MODEL, "3", why="another process")
+        if fails and uri.endswith("@champion") and aliases(store, MODEL).champion == "2":
+            raise ArtifactError("it is broken")
+
+    monkeypatch.setattr(promotion, "smoke_test", meanwhile)
+    promote(store, MODEL, "1", why="first")
+    assert promote(store, MODEL, "2", why="better") == Aliases(MODEL, "2", "3")
+    promote(store, MODEL, "1", why="again")
+    fails = True
+    with pytest.raises(ArtifactError, match="it is broken"):
+        promote(store, MODEL, "2", why="better")
+    assert aliases(store, MODEL).champion == "3"
+
+
+def test_in_a_local_store_promotions_wait_for_each_other(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free: list[bool] = []
+
+    def smoke_test(store: Store, uri: str) -> None:
+        with open(store.directory / "promotion.lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free.append(True)
+            except BlockingIOError:
+                free.append(False)
+
+    monkeypatch.setattr(promotion, "smoke_test", smoke_test)
+    promote(store, MODEL, "1", why="first")
+    assert free == [True, False]  # before anything is written, and while aliases move
+
+
+def test_another_process_note_is_left_alone(
+    store: Store, answering: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a server there is no lock: another one's note may come right after this one's."""
+    promote(store, MODEL, "1", why="first")
+    before = aliases(store, MODEL)
+    other = promotion.Note(before, before.promoted("3"), "other", process="elsewhere").to_json()
+    write = MlflowClient.set_registered_model_tag
+
+    def overwritten(self: MlflowClient, name: str, key: str, value: str) -> None:
+        write(self, name, key, value)
+        write(self, name, key, other)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "set_registered_model_tag", overwritten)
+        with pytest.raises(OvertakenError, match="Somebody else is moving"):
+            promote(store, MODEL, "2", why="better")
+    assert aliases(store, MODEL) == before
+    assert tracking.client(store).get_registered_model(MODEL).tags[NOTE] == other
+
+
+def test_a_champion_that_is_gone_is_not_no_champion_yet(store: Store, answering: list[str]) -> None:
+    def against_nothing() -> Check:
+        nothing: Any = None  # neither queries nor settings are looked at
+        version = Version(MODEL, "3", "")
+        found = challenge(store, version, None, nothing, nothing, 1, training=nothing)
+        return found.check
+
+    assert against_nothing().passed
+    promote(store, MODEL, "1", why="first")
+    promote(store, MODEL, "2", why="better")
+    tracking.client(store).delete_model_version(MODEL, "2")
+    assert aliases(store, MODEL) == Aliases(MODEL, None, "1")
+    assert not against_nothing().passed
+    assert against_nothing().complaint == "the champion is gone"
+    assert aliases(store, MODEL).promoted("1") == Aliases(MODEL, "1")
+    assert rollback(store, MODEL) == Aliases(MODEL, "1")
+    tracking.client(store).delete_registered_model_alias(MODEL, "champion")
+    assert not against_nothing().passed  # by the tag of version 1
+    assert promote(store, MODEL, "1", why="by hand") == Aliases(MODEL, "1")
+
+
+def left_note(store: Store, version: str, *, process: str, minutes_ago: int = 0) -> None:
+    """Leave the note of a promotion that is under way, or was."""
+    before = aliases(store, MODEL)
+    at = (datetime.now(UTC) - timedelta(minutes=minutes_ago)).isoformat(timespec="seconds")
+    note = promotion.Note(before, before.promoted(version), "better", process=process, at=at)
+    tracking.client(store).set_registered_model_tag(MODEL, NOTE, note.to_json())
+
+
+def test_what_was_repaired_by_hand_stays(
+    store: Store, answering: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    promote(store, MODEL, "1", why="first")
+    left_note(store, "2", process=this_process())
+    tracking.client(store).set_registered_model_alias(MODEL, "champion", "3")
+    assert settle(store, MODEL) == "dropped"
+    assert "somebody has set it to 3" in caplog.text
+    assert aliases(store, MODEL) == Aliases(MODEL, "3")
+    assert not pending(store)
+
+
+def test_a_note_from_elsewhere_is_abandoned_after_an_hour(
+    store: Store, answering: list[str]
+) -> None:
+    promote(store, MODEL, "1", why="first")
+    left_note(store, "2", process="container 7 boot pid 123", minutes_ago=50)
+    with pytest.raises(OvertakenError, match="Version 2 of small--large is being made"):
+        settle(store, MODEL)
+    left_note(store, "2", process="container 7 boot pid 123", minutes_ago=70)
+    assert settle(store, MODEL) == "undone"
+    assert not pending(store)
+
+
+def test_a_promotion_under_way_stops_a_run_before_it_asks(
+    tmp_path: Path, store: Store, prefect_server: None
+) -> None:
+    left_note(store, "2", process="container 7 boot pid 123")
+    nowhere = "http://127.0.0.1:9/v1"  # whoever asked there would fail in another way
+    demonstration.prepare(tmp_path, (nowhere, nowhere))
+    with pytest.raises(OvertakenError, match="Version 2 of small--large is being made"):
+        demonstration.taken(
+            demonstration.STEPS[0], tmp_path, (f"store.directory={store.directory}",)
+        )
+
+
 def test_a_version_that_fails_before_moves_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +371,7 @@ def test_one_promotion_at_a_time(store: Store, answering: list[str]) -> None:
         assert other.stdout is not None
         process = other.stdout.readline().strip()
         before = aliases(store, MODEL)
-        note = promotion.Note(before, before.promoted("2"), "better", process, "now")
+        note = promotion.Note(before, before.promoted("2"), "better", process=process)
         tracking.client(store).set_registered_model_tag(MODEL, NOTE, note.to_json())
         with pytest.raises(StoreError, match="Version 2 of small--large is being made"):
             promote(store, MODEL, "3", why="better")
@@ -184,7 +398,7 @@ from tasks.registry import champion
 promotion.smoke_test = lambda store, uri: None
 CALLS = [
     "set_registered_model_tag", "set_registered_model_alias", "delete_registered_model_alias",
-    "set_model_version_tag", "delete_registered_model_tag",
+    "set_model_version_tag", "delete_model_version_tag", "delete_registered_model_tag",
 ]
 template, work, action = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 
@@ -231,17 +445,13 @@ def look(store):
 (work / "warm" / "mlflow.db").write_bytes((template / "mlflow.db").read_bytes())
 look(Store(directory=work / "warm"))
 
-call, ended, seen = 0, -9, []
-while ended == -9:
-    directory = work / str(call)
+def copied(template, directory):
     directory.mkdir()
     (directory / "mlflow.db").write_bytes((template / "mlflow.db").read_bytes())
-    store = Store(directory=directory)
+    return Store(directory=directory)
 
-    def killed():
-        dies_at(call)
-        act(store)
-
+def continued(store):
+    """Return what the next process finds, and what it and the one after it do."""
     def goes_on():
         left = look(store)
         settled = promotion.settle(store, "small--large")
@@ -250,14 +460,37 @@ while ended == -9:
             act(store)
         return [left, settled, between, look(store), promotion.settle(store, "small--large")]
 
-    ended, _ = in_a_process(killed)
-    if ended == -9:
-        code, result = in_a_process(goes_on)
-        assert code == 0, code
-        seen.append(result)
-    call += 1
-assert ended == 0, ended
-print(json.dumps({"calls": call - 1, "seen": seen}))
+    code, result = in_a_process(goes_on)
+    assert code == 0, code
+    return result
+
+def killed_at_each(run, template, work):
+    """Yield a copy of the store for each change at which ``run`` was killed, until it is not."""
+    call, ended = 0, -9
+    while True:
+        store = copied(template, work / str(call))
+
+        def killed():
+            dies_at(call)
+            run(store)
+
+        ended, _ = in_a_process(killed)
+        if ended != -9:
+            assert ended == 0, ended
+            return
+        yield call, store
+        call += 1
+
+seen, settling = [], []
+for call, store in killed_at_each(act, template, work):
+    if call in (2, 3):  # just before the champion moves, and just after
+        folder = work / f"settling-{call}"
+        folder.mkdir()
+        settle = lambda store: promotion.settle(store, "small--large")
+        found = killed_at_each(settle, store.directory, folder)
+        settling += [continued(again) for _, again in found]
+    seen.append(continued(store))
+print(json.dumps({"seen": seen, "settling": settling}))
 '''
 
 
@@ -265,7 +498,7 @@ print(json.dumps({"calls": call - 1, "seen": seen}))
     ("action", "before", "after", "calls"),
     [
         ("promote", ["2", "1", "3"], ["3", "2", None], 8),
-        ("rollback", ["2", "1", "3"], ["1", "2", "3"], 7),
+        ("rollback", ["2", "1", "3"], ["1", "2", "3"], 8),
     ],
 )
 def test_killed_at_every_step_one_champion_remains_and_the_next_run_goes_on(
@@ -292,15 +525,112 @@ def test_killed_at_every_step_one_champion_remains_and_the_next_run_goes_on(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert found["calls"] == calls
     assert len(found["seen"]) == calls
-    outcomes = [settled for _, settled, *_ in found["seen"]]
-    assert set(outcomes) == {"nothing", "undone", "finished"}
-    for left, settled, between, in_the_end, again in found["seen"]:
+    assert {settled for _, settled, *_ in found["seen"]} == {"nothing", "undone", "finished"}
+    # Killed once more, while it was being settled.
+    assert {settled for _, settled, *_ in found["settling"]} == {"undone", "finished"}
+    for left, settled, between, in_the_end, again in [*found["seen"], *found["settling"]]:
         assert left[0] in (before[0], after[0])
         assert between == (after if left[0] == after[0] else before), settled
         assert in_the_end == after
         assert again == "nothing"
+
+
+KILLED_WITH_THE_CHAMPION_MOVED = """
+import os, signal, sys
+import mlflow
+from conf.schema import Store
+from tasks import promotion
+
+move = mlflow.MlflowClient.set_registered_model_alias
+
+def killed(self, name, alias, version):
+    move(self, name, alias, version)
+    if alias == "champion":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+mlflow.MlflowClient.set_registered_model_alias = killed
+promotion.promote(Store(directory=sys.argv[1]), "small--large", "4", why="better")
+"""
+
+
+@pytest.mark.slow
+def test_after_a_kill_the_champion_is_one_that_loads(
+    store: Store, three_versions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smoke test is the real one, in clean processes."""
+    with monkeypatch.context() as quick:
+        quick.setattr(promotion, "smoke_test", lambda store, uri: None)
+        promote(store, MODEL, "1", why="first")
+    own = store.directory / "version-4"
+    shutil.copytree(three_versions / "model", own)
+    tracking.client(store).create_model_version(MODEL, str(own))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_WITH_THE_CHAMPION_MOVED, str(store.directory)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert aliases(store, MODEL) == Aliases(MODEL, "4", "1")
+    promotion.smoke_test(store, f"models:/{MODEL}@champion")
+    # By the next run its files have gone: what loads is the champion again.
+    shutil.rmtree(own)
+    assert settle(store, MODEL) == "undone"
+    assert aliases(store, MODEL) == Aliases(MODEL, "1")
+    promotion.smoke_test(store, f"models:/{MODEL}@champion")
+
+
+KILLED_BETWEEN = """
+import os, signal, sys
+from pathlib import Path
+import demonstration
+import flows.pipeline
+from tasks import promotion
+
+def dies(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(flows.pipeline, sys.argv[1], dies)
+demonstration.taken(demonstration.STEPS[0], Path(sys.argv[2]), sys.argv[3:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_before_it_is_judged_or_promoted_the_next_run_goes_on(
+    tmp_path: Path, store_directory: Path, answering: list[str], prefect_server: None
+) -> None:
+    quicker = (
+        f"store.directory={store_directory}",
+        "routers=[{router: knn}]",
+        "evaluation.replicates=200",
+        "gate.max_latency_ms=5000",
+    )
+    store = Store(directory=store_directory)
+    path = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))
+    own = {"PYTHONPATH": path, "PREFECT_API_URL": str(PREFECT_API_URL.value())}
+    verdicts = []
+    with demonstration.scripted_pair() as urls:
+        demonstration.prepare(tmp_path, urls)
+        for step in ("judge", "carry_out"):
+            done = subprocess.run(
+                [sys.executable, "-c", KILLED_BETWEEN, step, str(tmp_path), *quicker],
+                env=os.environ | own,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+            assert aliases(store, MODEL) == Aliases(MODEL)
+            found = tracking.client(store).get_model_version(MODEL, "1")
+            verdicts.append((found.tags.get("gate"), (found.description or "")[:10]))
+        receipt, now = demonstration.taken(demonstration.STEPS[0], tmp_path, quicker)
+    assert verdicts == [(None, ""), ("passed", "**passed**")]
+    assert receipt is not None
+    assert (receipt.version, receipt.verdict()) == ("1", "promoted")
+    assert now == Aliases(MODEL, "1")
 
 
 def test_by_hand_needs_a_passed_gate_or_a_reason(
@@ -341,7 +671,7 @@ def test_a_retrained_state_says_what_came_of_it(
     state = outcome(report)
     assert (state.name, state.is_completed()) == ("Rejected", True)
     assert state.message == "small--large version 2: rejected: too slow"
-    monkeypatch.setattr(flows.pipeline, "pipeline", lambda experiment: report)
+    monkeypatch.setattr(flows.pipeline, "pipeline", flow(name="done")(lambda experiment: report))
     assert retrain(experiment(store)) == report
 
 
@@ -380,13 +710,17 @@ def test_the_life_of_a_router(
         chapters = [*demonstration.story(tmp_path, *quicker)]
     for number, chapter in enumerate(chapters, start=1):
         assert not chapter.departures(), demonstration.chapter_page(chapter, number)
-    first, again, leaked, better = (chapter.receipt for chapter in chapters if chapter.receipt)
+    first, again, leaked, better, night = (one.receipt for one in chapters if one.receipt)
     # What looks like the best version of all is the one with the leak.
     assert again.version == first.version == "1"
     assert leaked.arms["candidate"] > better.arms["candidate"] > first.arms["candidate"]
 
     client = tracking.client(Store(directory=store_directory))
     assert client.get_model_version(MODEL, "1").tags["gate"] == "passed"
+    # What was promoted once keeps its evidence, whatever a later night says of it.
+    assert night.version == better.version
+    kept = client.get_model_version(MODEL, better.version)
+    assert (kept.tags["gate"], str(kept.description)[:12]) == ("passed", "**promoted**")
     tags = client.get_model_version(MODEL, better.version).tags
     assert {
         "config_digest",
