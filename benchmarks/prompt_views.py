@@ -33,17 +33,15 @@ from router_models.statistics import Bootstrap, Estimate, bootstrap_metrics
 from router_models.training_data import Comparisons, same_prompt
 
 PACKAGED = "packaged"
+STATES = "smollm2-135m@18"
 CANDIDATES: Mapping[str, dict[str, object]] = {
     PACKAGED: {},
+    "states alone": {"encoders": (STATES,)},
+    "last token alone": {"encoders": ("smollm2-135m@30:last",)},
     "sentences": {"encoders": ("minilm",)},
-    "last token": {"encoders": ("smollm2-135m@30:last",)},
-    "states and sentences": {"encoders": ("smollm2-135m@18", "minilm"), "weights": (0.8, 0.2)},
-    "states and last token": {
-        "encoders": ("smollm2-135m@18", "smollm2-135m@30:last"),
-        "weights": (0.8, 0.2),
-    },
-    "all three": {
-        "encoders": ("smollm2-135m@18", "smollm2-135m@30:last", "minilm"),
+    "states and sentences": {"encoders": (STATES, "minilm"), "weights": (0.8, 0.2)},
+    "packaged and sentences": {
+        "encoders": (STATES, "smollm2-135m@30:last", "minilm"),
         "weights": (0.7, 0.2, 0.1),
     },
     "γ = 1": {"gamma": 1.0},
@@ -206,7 +204,7 @@ def results(arguments: argparse.Namespace) -> Iterator[Line]:
     if arguments.alpaca is not None:
         others: dict[str, Router] = {
             PACKAGED: settings[PACKAGED],
-            "states and last token": settings["states and last token"],
+            "states alone": settings["states alone"],
             "knn": Knn(encoder_cache=cache),
             "sw_ranking": SimilarityWeighted(encoder_cache=cache),
             "mf": MatrixFactorization(encoder_cache=cache),
@@ -218,7 +216,7 @@ def results(arguments: argparse.Namespace) -> Iterator[Line]:
             yield from lines(f"AlpacaEval {weak[:22]}", *found)
     for seed in arguments.fold_seeds:
         division = folds(rows, count=5, seed=seed)
-        few = {name: settings[name] for name in (PACKAGED, "states and last token")}
+        few = {name: settings[name] for name in (PACKAGED, "states alone")}
         yield from lines(f"MMLU {division.name}", *compared(rows, division, few, choose=True))
 
 

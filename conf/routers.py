@@ -97,10 +97,12 @@ class KernelRidge(RouterKind):
     router: Literal["kernel_ridge"] = "kernel_ridge"
     name: str = "kernel-ridge"
     labels: Literal["deterministic", "probabilistic", "transformed"] = "probabilistic"
-    encoders: tuple[str, ...] = Field(default=("smollm2-135m@18",), min_length=1)
+    encoders: tuple[str, ...] = Field(
+        default=("smollm2-135m@18", "smollm2-135m@30:last"), min_length=1
+    )
     """Views of a query, each an encoder: `minilm`, a folder, a hub name; `@18` cuts off layers."""
-    weights: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
-    """How much each view counts."""
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = (0.8, 0.2)
+    """How much each view counts; alike, where only encoders are given."""
     encoder_cache: Path | None = None
     """Folder where computed embeddings are kept between runs."""
     gamma: float = Field(default=2.0, gt=0)
@@ -111,6 +113,14 @@ class KernelRidge(RouterKind):
     """Candidates for the penalty λ; the one with the best leave-one-out error is taken."""
     max_queries: PositiveInt = 10_000
     """Of more training queries, so many are drawn: time grows with their cube."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alike_unless_weighed(cls, given: Any) -> Any:
+        encoders = given.get("encoders") if isinstance(given, dict) else None
+        if isinstance(encoders, list | tuple) and "weights" not in given:
+            return given | {"weights": [1.0] * len(encoders)}
+        return given
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> "KernelRidge":

@@ -167,7 +167,8 @@ class Gate(Settings):
     min_gain: Share = 0.01
     """Smallest gain in APGR that is worth a promotion."""
     max_false_promotions: float = Field(default=0.05, gt=0, lt=0.5)
-    """How often a candidate as good as the champion may replace it, with a margin of 0."""
+    """Share of retrains in which a candidate as good as the champion may replace it, with a margin
+    of 0. The nth version judged on the same test queries gets 1/n² of it (`promotion_level`)."""
     min_champion_queries: PositiveInt = 30
     """Fewest queries, new to both, on which candidate and champion are compared."""
     max_latency_ms: float = Field(default=250.0, gt=0)
@@ -218,6 +219,9 @@ class ThresholdRequest(Settings):
     """Wanted share of queries for the strong LLM, instead of a bound on the drop."""
     data: Path | None = None
     """Parquet, CSV or JSONL to calibrate on; by default the queries of the router's own run."""
+    quality_range: tuple[float, float] | None = None
+    """Lowest and highest quality there can be. By default what the metric's definition says for
+    the run's own queries; for a file [0, 1] is assumed, and said, if its qualities are in it."""
 
     @model_validator(mode="after")
     def _possible(self) -> "ThresholdRequest":

@@ -1,12 +1,13 @@
 """Calibration: from a trained router to the threshold it is served with."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import flow
 
 from conf.errors import ConfigError
 from conf.schema import AnyExperiment, ThresholdRequest
-from tasks.calibration_data import logged_router
+from tasks.calibration_data import BENCHMARK, PIPELINE, logged_router
 from tasks.thresholds import ChosenThreshold, choose_threshold, store_threshold
 
 
@@ -15,7 +16,7 @@ def calibrate(experiment: AnyExperiment, request: ThresholdRequest) -> ChosenThr
     """Choose a router's threshold and store it where a gateway looks for it."""
     store = experiment.store
     # A router of the last finished run, or the promoted one.
-    router = logged_router(store, request.router, pair=request.pair)
+    router = logged_router(store, request.router, pair=request.pair, kinds=(PIPELINE, BENCHMARK))
 
     # Queries it has not seen say which thresholds keep the promise; the cheapest is taken.
     found = choose_threshold(store, router, request, seed=experiment.seed)
@@ -33,6 +34,7 @@ def threshold_request(
     confidence: str = "0.95",
     strong_share: str | None = None,
     data: str | None = None,
+    quality_range: Sequence[str] | None = None,
 ) -> ThresholdRequest:
     """Return the request that the command line's words make; a drop in % is a relative one.
 
@@ -51,7 +53,13 @@ def threshold_request(
         confidence=_number("--confidence", confidence),
         strong_share=None if strong_share is None else _number("--strong-share", strong_share),
         data=None if data is None else Path(data),
+        quality_range=None if quality_range is None else _range(quality_range),
     )
+
+
+def _range(words: Sequence[str]) -> tuple[float, float]:
+    low, high = (_number("--quality-range", word) for word in words)
+    return low, high
 
 
 def _number(option: str, word: str) -> float:

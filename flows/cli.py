@@ -115,6 +115,12 @@ def parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--confidence", default="0.95", help="of --max-drop (default: 0.95)")
     calibrate.add_argument("--pair", help="weak--strong, where the router exists for several pairs")
     calibrate.add_argument("--data", help="Parquet, CSV or JSONL (default: the run's own queries)")
+    calibrate.add_argument(
+        "--quality-range",
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="lowest and highest quality there can be, such as 0 10 (default: as the metric says)",
+    )
     command("retrain", "run the chain as it is deployed: promote or reject", retrain_command)
     version = argparse.ArgumentParser(add_help=False)
     version.add_argument("version", metavar="VERSION", help="number of a registered version")
@@ -150,6 +156,9 @@ def _add_schedule(command: "Callable[..., argparse.ArgumentParser]") -> None:
     deploy.add_argument("--cron", help='such as "0 3 * * *" (default: as in prefect.yaml)')
     deploy.add_argument("--timezone", help="such as Europe/Berlin (default: as in prefect.yaml)")
     deploy.add_argument("--pool", help="work pool (default: as in prefect.yaml)")
+    deploy.add_argument(
+        "--max-hours", type=float, help="a run is ended after them (default: as in prefect.yaml)"
+    )
     drift = command("drift", "hold recent queries against the champion's", drift_command)
     drift.add_argument(
         "--queries",
@@ -265,7 +274,13 @@ def deploy_command(arguments: argparse.Namespace) -> int:
     experiment = _experiment(arguments)
     from flows.deploy import deploy
 
-    done = deploy(experiment, cron=arguments.cron, timezone=arguments.timezone, pool=arguments.pool)
+    done = deploy(
+        experiment,
+        cron=arguments.cron,
+        timezone=arguments.timezone,
+        pool=arguments.pool,
+        max_hours=arguments.max_hours,
+    )
     if arguments.json:
         print(json.dumps({**asdict(done), "next": done.worker_command()}))
         return 0
@@ -502,8 +517,8 @@ def benchmark_command(arguments: argparse.Namespace) -> int:
     how = "out of fold" if comparison.out_of_fold else "held out"
     title = f"{comparison.pair.weak} or {comparison.pair.strong}: {comparison.queries} rows, {how}"
     _table(console, title, report.rows())
-    for reason, rows in report.left_out.items():
-        console.print(f"{reason}: {rows}", highlight=False)
+    for note in report.notes():
+        console.print(note, highlight=False, markup=False)
     console.print(f"`turnout ui` shows run {report.run_id[:8]} with figures and win rates.")
     return 0
 
@@ -539,6 +554,7 @@ def calibrate_command(arguments: argparse.Namespace) -> int:
         confidence=arguments.confidence,
         strong_share=arguments.strong_share,
         data=arguments.data,
+        quality_range=arguments.quality_range,
     )
     found = calibrate(experiment, request)
     if arguments.json:
@@ -615,8 +631,8 @@ def _show_preferences(experiment: "AnyExperiment", report: "PreferenceReport") -
     for name, found in report.benchmarks.items():
         title = f"Routers on {name}, {found.comparison.queries} queries that none has seen"
         _table(console, title, found.rows())
-        for reason, rows in found.left_out.items():
-            console.print(f"{reason}: {rows}", highlight=False)
+        for note in found.notes():
+            console.print(note, highlight=False, markup=False)
     _show_receipt(console, report.receipt)
     where = Path(experiment.store.directory)
     _show_next(console, where, report.run_id, [report.receipt])

@@ -12,6 +12,7 @@ training) would fail again, and a budget would count anew. Retry it by hand, or 
 schedule: either goes on where the run stopped.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from zoneinfo import available_timezones
 import yaml
 
 from conf.errors import ConfigError, EndpointError
+from conf.load import standard_gate
 from conf.schema import AnyExperiment
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ PREFECT_YAML = ROOT / "prefect.yaml"
 NAME = "retrain"
 FULL_NAME = f"{NAME}/{NAME}"
 WORKER_TYPE = "process"
+DRIFT_TAG = "drift"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class Deployed:
     pool_created: bool
     directory: str
     """Where the worker runs it: relative paths of the experiment mean this folder."""
+    max_hours: float
+    """After which a run is ended and has failed."""
+    gate: str
+    """Where a run's gate comes from."""
 
     def worker_command(self) -> str:
         """Return what starts a worker for it."""
@@ -72,6 +79,8 @@ class Deployed:
             f"{done} deployment {self.deployment} of experiment {self.experiment}{before} "
             f"on {self.server}",
             f"schedule: {self.cron} ({self.timezone}); one at a time: {self.one_at_a_time}",
+            f"a run that takes more than {self.max_hours:g} hours is ended",
+            f"gate: {self.gate}",
             f"work pool {self.pool} ({self.pool_type}) {pool}; runs in {self.directory}",
         ]
 
@@ -82,6 +91,7 @@ def deploy(
     cron: str | None = None,
     timezone: str | None = None,
     pool: str | None = None,
+    max_hours: float | None = None,
 ) -> Deployed:
     """Create or replace the deployment, and the work pool if it is missing.
 
@@ -99,6 +109,12 @@ def deploy(
         cron or planned_schedule["cron"], timezone or planned_schedule["timezone"]
     )
     pool = pool or plan["work_pool"]["name"]
+    hours = plan["parameters"]["max_hours"] if max_hours is None else max_hours
+    if not hours > 0:
+        raise ConfigError(
+            f"A run may take {hours:g} hours. Expected more than 0. Correct --max-hours."
+        )
+    settings = given(experiment)
     limit = plan["concurrency_limit"]
     directory = str(Path.cwd())
     with server() as client:
@@ -124,8 +140,7 @@ def deploy(
             concurrency_options=ConcurrencyOptions(
                 collision_strategy=ConcurrencyLimitStrategy(limit["collision_strategy"])
             ),
-            # Only what may be given: what is derived from it, the server would refuse.
-            parameters={"experiment": experiment.model_dump(mode="json", round_trip=True)},
+            parameters={"experiment": settings, "max_hours": hours},
             parameter_openapi_schema=form(experiment),
             enforce_parameter_schema=True,
             paused=False,
@@ -142,11 +157,46 @@ def deploy(
             pool_type=pool_type,
             pool_created=pool_created,
             directory=directory,
+            max_hours=hours,
+            gate="as conf/gate.yaml has it when a run starts"
+            if "gate" not in settings
+            else f"deployed with the experiment: {settings['gate']}",
         )
 
 
-def start_retrain(experiment: AnyExperiment) -> str | None:
-    """Start a run of the deployment and return its name; None where there is no deployment.
+def given(experiment: AnyExperiment) -> dict[str, Any]:
+    """Return the settings that a deployment keeps.
+
+    Without what is derived from them, which the server would refuse, and without the gate where it
+    is that of conf/gate.yaml: a run reads the file, so that a later change of it counts.
+    """
+    settings = experiment.model_dump(mode="json", round_trip=True)
+    if experiment.gate == standard_gate():
+        del settings["gate"]
+    return settings
+
+
+def enter_checkout() -> dict[str, str]:
+    """Go to the folder of the code that is installed here: the pull step of `prefect.yaml`.
+
+    The worker's process calls it, so it is right wherever the deployment was made.
+    """
+    os.chdir(ROOT)
+    return {"directory": str(ROOT)}
+
+
+@dataclass(frozen=True)
+class DriftRun:
+    """A run of the deployment that drift has started, now or before."""
+
+    name: str
+    is_new: bool
+
+
+def start_retrain(experiment: AnyExperiment) -> DriftRun | None:
+    """Start a run of the deployment, unless one that drift started has not ended yet.
+
+    None where there is no deployment.
 
     Raises ConfigError where another experiment is deployed.
     """
@@ -162,7 +212,27 @@ def start_retrain(experiment: AnyExperiment) -> str | None:
                 f"{experiment.name!r}, whose queries have drifted. Deploy it with `turnout deploy` "
                 "first, or name the other experiment with --config."
             )
-        return client.create_flow_run_from_deployment(found.id, tags=["drift"]).name
+        waiting = _waiting_run(client, found)
+        if waiting is not None:
+            return DriftRun(waiting, is_new=False)
+        started = client.create_flow_run_from_deployment(found.id, tags=[DRIFT_TAG])
+        return DriftRun(started.name, is_new=True)
+
+
+def _waiting_run(client: "SyncPrefectClient", found: "DeploymentResponse") -> str | None:
+    """Return the name of a run that drift has started and that has not ended."""
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.client.schemas.objects import TERMINAL_STATES
+
+    wanted = FlowRunFilter.model_validate(
+        {
+            "deployment_id": {"any_": [found.id]},
+            "tags": {"all_": [DRIFT_TAG]},
+            "state": {"type": {"not_any_": [state.value for state in TERMINAL_STATES]}},
+        }
+    )
+    runs = client.read_flow_runs(flow_run_filter=wanted, limit=1)
+    return runs[0].name if runs else None
 
 
 def form(experiment: AnyExperiment) -> dict[str, Any]:

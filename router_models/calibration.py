@@ -22,9 +22,13 @@ p-values of "mean ≥ ε" for losses that may be negative:
 - `clt`: one-sided t-test. Any range, but only approximate: a few hundred queries, no heavy tails.
 
 A promise about the mean of all queries to come is checked on a finite holdout, which has noise of
-its own. Both p-values leave room for a holdout as large as the calibration set: the bettor's
-wealth counts at the end only, not at its best moment, and the t-test's deviation is that of the
-difference of two samples.
+its own. The t-test leaves room for a holdout as large as the calibration set: its deviation is that
+of the difference of two samples. Betting is proven for the mean itself. That it keeps its promise
+on such a holdout as well was seen in simulations only: wealth counts at the end, and not at its
+best moment, which gives some away.
+
+`drop_upper_bound` inverts the same tests at one threshold that was chosen without a look at the
+qualities: the largest mean loss that is not refuted.
 """
 
 from dataclasses import dataclass
@@ -47,6 +51,10 @@ ALL_WEAK = 1.1
 
 # Bets stay under this share of the largest that cannot lose everything.
 _BOLDNESS = 0.75
+_PRECISION = 1e-6  # of a bound, as a share of the largest possible loss
+# The t-test promises nothing for a handful of queries, and its p-value does not show it.
+FEWEST_FOR_T_TEST = 30
+APPROXIMATE = "independent queries, enough of them for a t-test (approximate)"
 _CELLS = 25_000  # of the (thresholds, queries) matrices: few beyond the last one that passes
 
 
@@ -72,6 +80,15 @@ class Calibration:
     """What must hold for the promise to hold."""
     queries: int
     """Number of calibration queries."""
+
+
+@dataclass(frozen=True)
+class DropBound:
+    """What the mean drop is at most, and what must hold for it; NaN where nothing can be said."""
+
+    upper: float
+    """In quality units."""
+    assumption: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +126,10 @@ def threshold_with_guarantee(
 
     All arrays are (N,), of labelled queries that the router was not trained on; ``max_drop`` is in
     quality units. With "crc" the expected drop is ≤ max_drop, and ``confidence`` plays no part.
-    ``quality_range`` is (lowest, highest) possible quality; left out, it is [0, 1] if all qualities
-    are in it, and unknown otherwise. ``p_value`` "auto" is "betting" with a known range and "clt"
-    without one; `Calibration.assumption` says which. ``seed`` shuffles the queries for "betting".
+    ``quality_range`` is (lowest, highest) possible quality, from the metric's definition; left out,
+    it is taken to be [0, 1] if all qualities are in it, which `Calibration.assumption` then says,
+    and unknown otherwise. ``p_value`` "auto" is "betting" with a range and "clt" without one.
+    ``seed`` shuffles the queries for "betting".
 
     Raises `DataError` for bad arrays, `ConfigError` for settings out of range.
 
@@ -136,15 +154,16 @@ def threshold_with_guarantee(
             certified,
             max_drop,
             method,
-            assumption=f"exchangeable queries; strong − weak ≤ {bound:g}; expected drop only",
+            assumption=f"exchangeable queries; {_bounded(bound, quality_range)}; "
+            "expected drop only",
         )
     delta = 1.0 - confidence
     if bound is None or p_value == "clt":
         values = _t_test(sets, max_drop)
-        assumption = "independent queries, enough of them for a t-test (approximate)"
+        assumption = APPROXIMATE
     else:
         values = _betting(sets, max_drop, bound, delta, np.random.default_rng(seed))
-        assumption = f"independent queries; strong − weak ≤ {bound:g} (exact for any number)"
+        assumption = _exact(bound, quality_range)
     failed = np.flatnonzero(values > delta)
     # A set with the losses of its predecessor has its p-value; the walk ends at a changed one.
     certified = int(sets.changed[failed[0]]) if len(failed) else len(sets.sizes)
@@ -178,6 +197,41 @@ def threshold_naive(
     return sets.calibration(
         cheapest + 1, max_drop, "naive", assumption="none: it promises nothing for new queries"
     )
+
+
+def drop_upper_bound(
+    win_rate: ArrayLike,
+    weak_quality: ArrayLike,
+    strong_quality: ArrayLike,
+    *,
+    threshold: float,
+    confidence: float = 0.95,
+    quality_range: tuple[float, float] | None = None,
+    seed: int = 0,
+) -> DropBound:
+    """Return what the mean drop at ``threshold`` is at most, with the confidence.
+
+    The threshold must not have been chosen by these qualities. Arrays, range and seed are as in
+    `threshold_with_guarantee`: with a range the betting test is inverted, without one it is the end
+    of a one-sided t interval, which says nothing (NaN) for fewer than `FEWEST_FOR_T_TEST` queries
+    or where all losses are equal: rare losses may be missing.
+
+    >>> bound = drop_upper_bound([0.1] * 60, [1.0] * 60, [1.0] * 60, threshold=0.5)
+    >>> 0.03 < bound.upper < 0.1  # no loss in 60 queries does not mean that there is none
+    True
+    """
+    rate, gap, bound = _checked(win_rate, weak_quality, strong_quality, quality_range)
+    loss = np.where(rate < threshold, gap, 0.0)
+    if bound is None:
+        return DropBound(_t_bound(loss, confidence), APPROXIMATE)
+    drawn = loss[np.newaxis, np.random.default_rng(seed).permutation(len(loss))]
+    # Wealth grows with the tested mean, so what is refuted begins at one point.
+    low, high = -bound, bound
+    while high - low > _PRECISION * bound:
+        tested = (low + high) / 2
+        refuted = _log_wealth(drawn, tested, bound, 1.0 - confidence)[0] >= -np.log(1 - confidence)
+        low, high = (low, tested) if refuted else (tested, high)
+    return DropBound(high, _exact(bound, quality_range))
 
 
 def threshold_for_strong_share(win_rate: ArrayLike, share: float) -> float:
@@ -300,23 +354,52 @@ def _betting(
     queries = len(sets.gap)
     drawn = rng.permutation(queries)
     gap = sets.gap[drawn]
-    seen = np.arange(1, queries + 1)
     chunk = max(1, _CELLS // queries)
     found: list[FloatArray] = []
     for start in range(0, len(sets.changed), chunk):
         sizes = sets.sizes[sets.changed[start : start + chunk]]
         loss = np.where(drawn < sizes[:, np.newaxis], gap, 0.0)
-        mean = np.cumsum(loss, axis=1) / (seen + 1)
-        spread = bound**2 / 4 + np.cumsum((loss - mean) ** 2, axis=1)
-        # The variance before each query: the bet must not know the loss it is placed on.
-        before = np.concatenate((np.full((len(sizes), 1), bound**2 / 4), spread[:, :-1]), axis=1)
-        bet = np.sqrt(2.0 * np.log(1.0 / delta) / (queries * (before / seen)))
-        np.minimum(bet, _BOLDNESS / (bound - max_drop), out=bet)
-        wealth = np.log1p(bet * (max_drop - loss)).sum(axis=1)
+        wealth = _log_wealth(loss, max_drop, bound, delta)
         found.append(np.exp(-np.maximum(wealth, 0.0)))
         if (found[-1] > delta).any():
             break
     return np.concatenate(found)
+
+
+def _log_wealth(loss: FloatArray, max_drop: float, bound: float, delta: float) -> FloatArray:
+    """Return the logarithm of the gambler's final wealth on each sequence of losses, (S, N) → (S,).
+
+    It grows with ``max_drop``, since a bet's cap grows with it and nothing else depends on it.
+    """
+    queries = loss.shape[1]
+    seen = np.arange(1, queries + 1)
+    mean = np.cumsum(loss, axis=1) / (seen + 1)
+    spread = bound**2 / 4 + np.cumsum((loss - mean) ** 2, axis=1)
+    # The variance before each query: the bet must not know the loss it is placed on.
+    before = np.concatenate((np.full((len(loss), 1), bound**2 / 4), spread[:, :-1]), axis=1)
+    bet = np.sqrt(2.0 * np.log(1.0 / delta) / (queries * (before / seen)))
+    np.minimum(bet, _BOLDNESS / (bound - max_drop), out=bet)
+    return np.asarray(np.log1p(bet * (max_drop - loss)).sum(axis=1), dtype=np.float64)
+
+
+def _t_bound(loss: FloatArray, confidence: float) -> float:
+    from scipy.stats import t as student
+
+    queries = len(loss)
+    if queries < FEWEST_FOR_T_TEST or np.ptp(loss) == 0.0:
+        return float("nan")
+    error = loss.std(ddof=1) / np.sqrt(queries)
+    return float(loss.mean() + student.ppf(confidence, queries - 1) * error)
+
+
+def _exact(bound: float, quality_range: tuple[float, float] | None) -> str:
+    return f"independent queries; {_bounded(bound, quality_range)} (exact for any number)"
+
+
+def _bounded(bound: float, quality_range: tuple[float, float] | None) -> str:
+    """Say what bounds the loss; a range that was read from the data is an assumption."""
+    assumed = "quality cannot leave [0, 1], so " if quality_range is None else ""
+    return f"{assumed}strong − weak ≤ {bound:g}"
 
 
 def _checked(

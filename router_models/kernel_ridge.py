@@ -35,7 +35,8 @@ class KernelRidgeRouter:
 
     Idea: a small LLM cannot answer a hard query, but its middle layers know what the query is
     about, how it is asked and how far it is from common text, more than the vector of a sentence
-    encoder, which is made to tell meanings apart. Each view x_v is an encoder's vector,
+    encoder, which is made to tell meanings apart. What it would say next, the last token's state
+    after its last layer, adds a little (docs/results.md). Each view x_v is an encoder's vector,
     standardised in every dimension by the training queries and brought to length 1. With
     k(x, z) = Σ_v w_v exp(−γ |x_v − z_v|²) the win rate is m + Σ_i c_i k(x, x_i), with
     (K + λI) c = y − m, held to [0, 1]. λ has the smallest leave-one-out squared error on the
@@ -43,14 +44,14 @@ class KernelRidgeRouter:
     alike; chosen by leave-one-out too, it was as often worse.
     Least squares on soft outcomes estimates the expected outcome, whose order is the order of the
     expected quality gap, which is what the curve rewards.
-    Source: see the module. Which views win, and by how much: docs/results.md.
+    Source: see the module.
     Requirements: n² floats of 8 bytes and n³ steps in training, 0.8 GB and a minute for 7,000
     queries on two cores; of more than `max_queries`, a sample is learnt from.
     Relations: `knn` averages the neighbours' labels instead; `hybrid` and `causal_llm` train the
     language model itself, at a hundred times the cost.
 
     >>> KernelRidgeRouter(KernelRidge(name="example")).config.encoders
-    ('smollm2-135m@18',)
+    ('smollm2-135m@18', 'smollm2-135m@30:last')
     """
 
     def __init__(self, config: KernelRidge) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,15 +25,20 @@ from router_models.catalog import load_router
 from router_models.packaged import file_digest
 from serving.score import win_rates_in_clean_process
 from tasks import tracking
+from tasks.benchmark import METRIC
 from tasks.controls import CONTROL_TAG, PROMPTS, prompt_hashes
 from tasks.evaluation import ORACLE
-from tasks.judged_runs import logged_table
+from tasks.judged_runs import KIND_TAG, logged_table
 from tasks.progress import stage
 from tasks.registry import CHAMPION, POOL_TAG, Version
 from tasks.training import TRAINING_TAG
 
 TEXT_COLUMNS = ("prompt", "text")
 QUALITY_COLUMNS = ("weak_quality", "strong_quality")
+# Lowest and highest quality by the definition of the metric; BARTScore has no lowest one.
+QUALITY_RANGES = {"gold_match": (0.0, 1.0), "correct": (0.0, 1.0)}
+PIPELINE, BENCHMARK = "pipeline", "benchmark"
+JUDGED = "win_rates"
 BLOCK_BYTES = 64 << 20  # PyArrow infers a column's type from the first block
 
 
@@ -47,6 +53,10 @@ class LoggedRouter:
     parent_id: str
     version: Version | None
     """Its registered version, where it has one."""
+    quality_range: tuple[float, float] | None = None
+    """Lowest and highest quality that the metric can give, where its definition says so."""
+    judged_on: str = ""
+    """Folder in the parent's artifacts of all routers' win rates; by default the pair's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,25 +71,35 @@ class CalibrationRows:
     """Rows of the file that the router was trained on."""
     condition: str = ""
     """What must hold besides the assumption of the bound."""
+    quality_range: tuple[float, float] | None = None
+    """Lowest and highest possible quality; None where it is not known."""
 
 
-def logged_router(store: Store, name: str, *, pair: str | None = None) -> LoggedRouter:
+def logged_router(
+    store: Store, name: str, *, pair: str | None = None, kinds: Sequence[str] = (PIPELINE,)
+) -> LoggedRouter:
     """Return a router of the last finished run, or by the name "champion" the promoted one.
 
-    Raises StoreError without a finished run, ConfigError for names that are unknown or fit twice.
+    The run is of the first of the ``kinds`` of which there is one: beside routers that may be
+    served, a benchmark's are not meant. Raises StoreError without a finished run, ConfigError for
+    names that are unknown or fit twice.
     """
     if store.is_local() and not (store.directory / "mlflow.db").exists():
         raise _no_run(store)
     if name == CHAMPION:
         return _champion(store, pair)
     client, experiment = tracking.client(store), tracking.experiment_id(store)
-    finished = client.search_runs(
-        [experiment],
-        "tags.`turnout.kind` = 'pipeline' AND attributes.status = 'FINISHED'",
-        order_by=["attributes.end_time DESC"],
-        max_results=1,
+    found_runs = (
+        client.search_runs(
+            [experiment],
+            f"tags.`{KIND_TAG}` = '{kind}' AND attributes.status = 'FINISHED'",
+            order_by=["attributes.end_time DESC"],
+            max_results=1,
+        )
+        for kind in kinds
     )
-    if not finished:
+    finished = next(filter(None, found_runs), None)
+    if finished is None:
         raise _no_run(store)
     parent = finished[0].info.run_id
     children = [
@@ -135,19 +155,32 @@ def _described(store: Store, run_id: str) -> LoggedRouter:
     client = tracking.client(store)
     tags = client.get_run(run_id).data.tags
     parent = tags[tracking.PARENT_TAG]
-    with TemporaryDirectory() as folder:
-        path = Path(client.download_artifacts(parent, "config.json", folder))
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    pairs = [Pair(weak=each["weak"], strong=each["strong"]) for each in settings["pairs"]]
+    if client.get_run(parent).data.tags.get(KIND_TAG) == BENCHMARK:
+        pairs, metric, judged_on = [_logged_json(store, parent, "benchmark.json")], METRIC, JUDGED
+        quality: dict[str, Any] = {}
+    else:
+        settings = _logged_json(store, parent, "config.json")
+        pairs, quality, judged_on = settings["pairs"], settings["quality"], ""
+        metric = quality["label_metric"]
+    found = (Pair(weak=each["weak"], strong=each["strong"]) for each in pairs)
+    kinds = {each["name"]: each["metric"] for each in quality.get("metrics", ())}
     router = LoggedRouter(
         name=tags[tracking.ROUTER_TAG],
-        pair=next(pair for pair in pairs if pair.name() == tags[tracking.PAIR_TAG]),
-        metric=settings["quality"]["label_metric"],
+        pair=next(pair for pair in found if pair.name() == tags[tracking.PAIR_TAG]),
+        metric=metric,
         run_id=run_id,
         parent_id=parent,
         version=None,
+        quality_range=QUALITY_RANGES.get(kinds.get(metric, metric)),
+        judged_on=judged_on,
     )
     return replace(router, version=_version(store, router))
+
+
+def _logged_json(store: Store, run_id: str, path: str) -> Any:
+    with TemporaryDirectory() as folder:
+        file = Path(tracking.client(store).download_artifacts(run_id, path, folder))
+        return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _version(store: Store, router: LoggedRouter) -> Version | None:
@@ -180,20 +213,24 @@ def _several(what: str, pairs: Sequence[str]) -> ConfigError:
 
 def logged_rows(store: Store, router: LoggedRouter) -> CalibrationRows:
     """Return the queries of the router's run that it had not seen when it predicted them."""
-    table = needed_table(store, router.parent_id, f"{router.pair.name()}/win_rates")
+    folder = router.judged_on or f"{router.pair.name()}/{JUDGED}"
+    table = needed_table(store, router.parent_id, folder)
     predicted = needed_table(store, router.run_id, "win_rates")
     served = "served_win_rate" in predicted.column_names
     held_out = served and predicted["win_rate"].equals(predicted["served_win_rate"])
     # Taking the best of several routers takes some luck along, and no bound here knows of it.
     condition = "the router was not picked for these very queries (fresh ones: --data)"
-    if not held_out:
+    if not held_out and served:
         condition += "; the served form, trained on all of them, rates new ones as its folds did"
+    elif not held_out:
+        condition += "; it rates new ones as its folds did: a benchmark registers no router"
     return CalibrationRows(
         source=f"run {router.parent_id[:8]}",
         win_rate=table[router.name].to_numpy(),
         weak_quality=table["weak_quality"].to_numpy(),
         strong_quality=table["strong_quality"].to_numpy(),
         condition=condition,
+        quality_range=router.quality_range,
     )
 
 

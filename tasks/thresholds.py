@@ -7,7 +7,7 @@ the messages: a promise that cannot be had should come with one that can.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import ROUND_FLOOR, Decimal
 from typing import Any
 
@@ -17,16 +17,16 @@ from prefect import task
 from conf.errors import DataError
 from conf.schema import Store, ThresholdRequest
 from router_models.calibration import (
+    FEWEST_FOR_T_TEST,
+    DropBound,
+    drop_upper_bound,
     threshold_for_strong_share,
     threshold_naive,
     threshold_with_guarantee,
 )
-from router_models.statistics import mean_interval
 from tasks import tracking
 from tasks.calibration_data import CalibrationRows, LoggedRouter, file_rows, logged_rows
 
-# The t-test promises nothing for a handful of queries, and its p-value does not show it.
-FEWEST_FOR_T_TEST = 30
 LEVEL = 0.95
 
 
@@ -57,7 +57,8 @@ class ChosenThreshold:
     drop: float | None
     """Mean quality lost against all-strong on these queries; None without qualities."""
     drop_upper: float | None
-    """Upper bound of the mean loss: ε where promised, else the end of a 95 % one-sided interval."""
+    """Upper bound of the mean loss: ε where promised, else a 95 % one. None where nothing can be
+    said, for want of qualities or of queries."""
     method: str
     p_value: float | None
     assumption: str
@@ -85,9 +86,11 @@ class ChosenThreshold:
                 f"[{_percent(self.strong_share_low)}, {_percent(self.strong_share_high)}]{wanted}",
             ),
         ]
-        if self.drop is not None and self.drop_upper is not None:
+        if self.drop is not None:
             level = f"{100 * (self.confidence or LEVEL):g} %"
-            bound = f"at most {self.drop_upper:.4g} with {level} confidence"
+            bound = "too few queries, or losses, to bound it for others"
+            if self.drop_upper is not None:
+                bound = f"at most {self.drop_upper:.4g} with {level} confidence"
             lines.append((f"drop of {self.metric}", f"{self.drop:.4g} here, {bound}"))
         lines += [("method", self.method), ("holds if", self.assumption)]
         if self.naive is not None:
@@ -110,6 +113,8 @@ def choose_threshold(
         rows = logged_rows(store, router)
     else:
         rows = file_rows(store, router, request.data, labelled=request.strong_share is None)
+    if request.quality_range is not None:
+        rows = replace(rows, quality_range=request.quality_range)
     return chosen(router, rows, request, seed=seed)
 
 
@@ -160,15 +165,18 @@ def chosen(
     rate, queries = rows.win_rate, len(rows.win_rate)
     if request.strong_share is not None:
         alpha = threshold_for_strong_share(rate, request.strong_share)
+        bound = _share_drop_bound(rows, alpha, seed)
         about: dict[str, Any] = {
             "method": "quantile of win rates",
             "p_value": None,
             "max_drop": None,
             "confidence": None,
-            "assumption": "further traffic is like this",
+            "assumption": "; ".join(
+                ["further traffic is like this", *([bound.assumption] if bound else [])]
+            ),
             "naive": None,
         }
-        upper = _share_drop_upper(rows, alpha, seed)
+        upper = bound.upper if bound and np.isfinite(bound.upper) else None
     else:
         alpha, about = _promised(router, rows, request, seed=seed)
         upper = about["max_drop"]
@@ -209,11 +217,17 @@ def _promised(
     max_drop, confidence = _largest_drop(request, strong), request.confidence
     _refuse_one_class(weak, strong, rows.source)
     found = threshold_with_guarantee(
-        rate, weak, strong, max_drop=max_drop, confidence=confidence, seed=seed
+        rate,
+        weak,
+        strong,
+        max_drop=max_drop,
+        confidence=confidence,
+        quality_range=rows.quality_range,
+        seed=seed,
     )
     exact = "exact" in found.assumption
     if found.p_value is None or (not exact and len(rate) < FEWEST_FOR_T_TEST):
-        raise _too_few(len(rate), max_drop, confidence, exact=exact)
+        raise _too_few(rows, max_drop, confidence, exact=exact)
     if found.strong_share == 1.0:
         raise _unattainable(router.name, rows, max_drop, confidence, seed=seed)
     naive = threshold_naive(rate, weak, strong, max_drop=max_drop)
@@ -249,15 +263,22 @@ def _largest_drop(request: ThresholdRequest, strong: np.ndarray) -> float:
     return largest
 
 
-def _share_drop_upper(rows: CalibrationRows, alpha: float, seed: int) -> float | None:
+def _share_drop_bound(rows: CalibrationRows, alpha: float, seed: int) -> DropBound | None:
     """Return the one-sided bound of the drop; α did not look at qualities, so it is an honest one.
 
     None without qualities.
     """
     if rows.weak_quality is None or rows.strong_quality is None:
         return None
-    loss = (rows.strong_quality - rows.weak_quality) * (rows.win_rate < alpha)
-    return mean_interval(loss, seed=seed, level=2 * LEVEL - 1).interval.high
+    return drop_upper_bound(
+        rows.win_rate,
+        rows.weak_quality,
+        rows.strong_quality,
+        threshold=alpha,
+        confidence=LEVEL,
+        quality_range=rows.quality_range,
+        seed=seed,
+    )
 
 
 def readable_threshold(alpha: float, win_rate: np.ndarray) -> float:
@@ -294,19 +315,25 @@ def _refuse_one_class(weak: np.ndarray, strong: np.ndarray, source: str) -> None
         )
 
 
-def _too_few(queries: int, max_drop: float, confidence: float, *, exact: bool) -> DataError:
+def _too_few(
+    rows: CalibrationRows, max_drop: float, confidence: float, *, exact: bool
+) -> DataError:
+    queries, quality_range = len(rows.win_rate), rows.quality_range
     if not exact:
         return DataError(
             f"{queries} queries are too few for a t-test on an unbounded quality. Expected at "
             f"least {FEWEST_FOR_T_TEST}, better hundreds. Add queries to --data."
         )
-    fewest = _smallest(lambda size: _certifiable(size, max_drop, confidence), queries)
-    least = 1.0
-    while least > 1e-4 and _certifiable(queries, 0.95 * least, confidence):
+    fewest = _smallest(
+        lambda size: _certifiable(size, max_drop, confidence, quality_range), queries
+    )
+    largest = 1.0 if quality_range is None else quality_range[1] - quality_range[0]
+    least = largest
+    while least > 1e-4 * largest and _certifiable(queries, 0.95 * least, confidence, quality_range):
         least *= 0.95
     possible = (
         f"or allow a drop of {least:.2g}, the smallest that can be certified with these"
-        if least < 1.0
+        if least < largest
         else "for with these no drop can be certified"
     )
     return DataError(
@@ -316,11 +343,21 @@ def _too_few(queries: int, max_drop: float, confidence: float, *, exact: bool) -
     )
 
 
-def _certifiable(queries: int, max_drop: float, confidence: float) -> bool:
+def _certifiable(
+    queries: int,
+    max_drop: float,
+    confidence: float,
+    quality_range: tuple[float, float] | None,
+) -> bool:
     """Tell whether so many queries could certify anything, were nothing lost at all."""
-    same = np.ones(queries)
+    same = np.full(queries, 1.0 if quality_range is None else quality_range[1])
     found = threshold_with_guarantee(
-        np.zeros(queries), same, same, max_drop=max_drop, confidence=confidence
+        np.zeros(queries),
+        same,
+        same,
+        max_drop=max_drop,
+        confidence=confidence,
+        quality_range=quality_range,
     )
     return found.p_value is not None
 
@@ -346,7 +383,11 @@ def _unattainable(
     advice, larger = "Use more queries or a better router", max_drop
     while (larger := float(f"{1.25 * larger:.2g}")) < largest:
         saving = threshold_with_guarantee(
-            *columns, max_drop=larger, confidence=confidence, seed=seed
+            *columns,
+            max_drop=larger,
+            confidence=confidence,
+            quality_range=rows.quality_range,
+            seed=seed,
         )
         if saving.strong_share < 1.0:
             share = _percent(saving.strong_share)

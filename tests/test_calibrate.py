@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
+from test_benchmark import answers
+from test_benchmark import settings as benchmark_settings
 
 from conf.errors import ArtifactError, ConfigError, DataError, StoreError, TurnoutError
 from conf.llms import Pair
@@ -22,15 +24,22 @@ from conf.load import load_experiment
 from conf.routers import Length, Random
 from conf.schema import Experiment, Store, ThresholdRequest
 from flows import cli
+from flows.benchmark import benchmark
 from flows.calibrate import calibrate, threshold_request
 from router_models.calibration import threshold_naive, threshold_with_guarantee
 from router_models.catalog import build_router
 from router_models.training_data import Comparisons
 from tasks import tracking
-from tasks.calibration_data import LoggedRouter, file_rows, logged_router, logged_rows
+from tasks.calibration_data import (
+    CalibrationRows,
+    LoggedRouter,
+    file_rows,
+    logged_router,
+    logged_rows,
+)
 from tasks.controls import prompt_hashes
 from tasks.registry import CHAMPION, ROOT
-from tasks.thresholds import choose_threshold, readable_threshold
+from tasks.thresholds import choose_threshold, chosen, readable_threshold
 from tasks.warehouse import Warehouse
 
 PAIR = Pair(weak="smollm2", strong="gemma3-facts")
@@ -147,7 +156,9 @@ def test_a_promised_threshold_is_chosen_explained_and_stored(
     found = calibrate(filled.experiment, request)
     columns = [filled.queries[name] for name in ("length", "weak_quality", "strong_quality")]
     rate, weak, strong = (column.to_numpy() for column in columns)
-    expected = threshold_with_guarantee(rate, weak, strong, max_drop=0.06, confidence=0.9, seed=7)
+    expected = threshold_with_guarantee(
+        rate, weak, strong, max_drop=0.06, confidence=0.9, quality_range=(0, 1), seed=7
+    )
     assert ((rate >= found.threshold) == (rate >= expected.threshold)).all()
     assert found.model == f"router-length-{found.threshold:g}"
     assert found.strong_share == pytest.approx(expected.strong_share)
@@ -156,6 +167,7 @@ def test_a_promised_threshold_is_chosen_explained_and_stored(
     assert expected.drop < 0.06
     assert found.drop_upper == 0.06
     assert "exact" in found.assumption
+    assert "cannot leave" not in found.assumption  # gold is 0 or 1 by definition
     naive = threshold_naive(rate, weak, strong, max_drop=0.06)
     assert found.naive == {
         "threshold": naive.threshold,
@@ -174,7 +186,10 @@ def test_a_promised_threshold_is_chosen_explained_and_stored(
     found = calibrate(filled.experiment, ThresholdRequest(router="champion", strong_share=0.25))
     assert found.router == "length"
     assert found.strong_share <= 0.25
+    assert found.drop is not None
     assert found.drop_upper is not None
+    assert found.drop < found.drop_upper < 1
+    assert "(exact for any number)" in found.assumption
     version = client.get_model_version_by_alias(PAIR.name(), "champion")
     for tags in (tags_of(filled, "length"), version.tags):
         assert float(tags["threshold"]) == found.threshold
@@ -381,6 +396,56 @@ def test_unbounded_quality_is_calibrated_with_its_caveat(filled: Filled, tmp_pat
     found = chosen_by(filled, "random", max_drop=0.1, data=path)
     assert found.method == "Learn then Test, t-test"
     assert "approximate" in found.assumption
+
+
+def test_a_files_range_is_assumed_or_given(filled: Filled, tmp_path: Path) -> None:
+    path = file_of(tmp_path, 600)
+    assumed = chosen_by(filled, "random", max_drop=0.2, data=path)
+    assert "quality cannot leave [0, 1]" in assumed.assumption
+    given_range = threshold_request(
+        "random", max_drop="2", data=str(path), quality_range=["0", "10"]
+    )
+    assert given_range.quality_range == (0.0, 10.0)
+    router = logged_router(filled.store, "random")
+    found = choose_threshold.fn(filled.store, router, given_range, seed=7)
+    assert "cannot leave" not in found.assumption
+    assert "strong − weak ≤ 10 (exact" in found.assumption
+    with pytest.raises(ConfigError, match=r"The quality range is \(0.0, 0.5\).*go from 0 to 1"):
+        chosen_by(filled, "random", max_drop=0.2, data=path, quality_range=(0.0, 0.5))
+    words = ["calibrate", "--router", "knn", "--max-drop", "1", "--quality-range", "-5", "0"]
+    assert cli.parser().parse_args(words).quality_range == ["-5", "0"]
+
+
+def test_a_share_on_few_unbounded_rows_gets_no_bound(filled: Filled) -> None:
+    router, rng = logged_router(filled.store, "random"), np.random.default_rng(1)
+    rows = CalibrationRows("few", *(rng.random((3, 20)) - [[0], [3], [3]]))
+    found = chosen(router, rows, ThresholdRequest(router="random", strong_share=0.5), seed=7)
+    assert found.drop_upper is None
+    assert "too few queries" in dict(found.rows())["drop of gold"]
+
+
+def test_a_benchmarks_routers_are_calibrated_where_nothing_else_was_run(
+    store_directory: Path, tmp_path: Path, prefect_server: None
+) -> None:
+    settings = benchmark_settings(
+        answers(tmp_path / "folder", 60), store_directory, **{"routers": ["length"]}
+    )
+    report = benchmark(settings)
+    experiment = load_experiment(overrides=(f"store.directory={store_directory}",))
+    found = calibrate(experiment, ThresholdRequest(router="length", strong_share=0.5))
+    assert (found.queries, found.metric, found.model_version) == (60, "correct", None)
+    assert (
+        "a benchmark registers no router"
+        in logged_rows(
+            settings.store, logged_router(settings.store, "length", kinds=("benchmark",))
+        ).condition
+    )
+    client = MlflowClient(settings.store.mlflow_uri())
+    tags = client.get_run(report.comparison.runs["length"]).data.tags
+    assert float(tags["threshold"]) == found.threshold
+    # What may be served comes first, and only calibration asks for a benchmark's.
+    with pytest.raises(StoreError, match="no finished run"):
+        logged_router(settings.store, "length")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Thresholds that promise something: the promise is kept over many draws, the naive one is not."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from router_models.calibration import (
     ALL_WEAK,
     Calibration,
     FloatArray,
+    drop_upper_bound,
     reliability,
     threshold_for_strong_share,
     threshold_naive,
@@ -175,6 +176,61 @@ def test_result_says_what_it_rests_on() -> None:
     # Ten times the quality with ten times the range and drop is the same problem.
     assert ranged.threshold == exact.threshold
     assert isinstance(exact, Calibration)
+
+
+def test_a_range_that_was_only_read_from_the_data_is_an_assumption() -> None:
+    # A metric from 0 to 10 whose rows happen to lie in [0, 1].
+    data = traffic(400, np.random.default_rng(9))
+    methods: tuple[Literal["ltt", "crc"], ...] = ("ltt", "crc")
+    for method in methods:
+        found = threshold_with_guarantee(*data, max_drop=0.1, method=method)
+        assert "quality cannot leave [0, 1], so strong − weak ≤ 1" in found.assumption
+    known = threshold_with_guarantee(*data, max_drop=0.1, quality_range=(0, 1))
+    assert "cannot leave" not in known.assumption
+    ten = threshold_with_guarantee(*data, max_drop=0.1, quality_range=(0, 10))
+    assert ten.strong_share > known.strong_share
+    bound = drop_upper_bound(*data, threshold=0.4)
+    assert "cannot leave [0, 1]" in bound.assumption
+    wider = drop_upper_bound(*data, threshold=0.4, quality_range=(0, 10))
+    assert wider.upper > bound.upper > true_drop(0.4) > 0
+
+
+def lossy(size: int, rng: np.random.Generator) -> Sample:
+    """Draw traffic of which half goes to the weak LLM at 0.5 and 5 % of that half is lost."""
+    rate = rng.random(size)
+    return rate, (rng.random(size) >= 0.05).astype(float), np.ones(size)
+
+
+@pytest.mark.parametrize("size", [60, 300])
+def test_the_bound_of_a_rare_loss_lies_above_it(size: int) -> None:
+    rng = np.random.default_rng(3)
+    bounds = [
+        drop_upper_bound(*lossy(size, rng), threshold=0.5, quality_range=(0, 1), seed=seed).upper
+        for seed in range(200)
+    ]
+    assert np.mean(np.array(bounds) < 0.025) <= allowed(0.05, 200)
+    assert np.mean(bounds) < {60: 0.14, 300: 0.065}[size]  # and says something
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.05, 1.0))
+def test_more_confidence_gives_a_higher_bound(seed: int, threshold: float) -> None:
+    rate, weak, strong = traffic(120, np.random.default_rng(seed))
+    low, high = (
+        drop_upper_bound(rate, weak, strong, threshold=threshold, confidence=level, seed=seed).upper
+        for level in (0.8, 0.99)
+    )
+    assert low < high <= 1.0
+    assert ((strong - weak) * (rate < threshold)).mean() < high
+
+
+def test_an_unbounded_quality_gets_a_t_bound_or_none() -> None:
+    rate, weak, strong = traffic(400, np.random.default_rng(4), binary=False)
+    found = drop_upper_bound(rate, weak, strong, threshold=0.4)
+    assert "approximate" in found.assumption
+    assert true_drop(0.4) < found.upper < 1.0
+    assert np.isnan(drop_upper_bound(rate[:29], weak[:29], strong[:29], threshold=0.4).upper)
+    assert np.isnan(drop_upper_bound(rate, strong - 3, strong - 3, threshold=0.4).upper)
 
 
 def test_same_seed_same_threshold() -> None:

@@ -1,6 +1,10 @@
 """`turnout deploy` and the deployed flow, on a real Prefect server."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,18 +12,24 @@ from typing import Any
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
+from prefect.deployments.steps.core import run_steps
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled
+from prefect.utilities.asyncutils import run_coro_as_sync
 from scripted_llm import ScriptedLLM, Step
 
+from conf import load
 from conf.errors import ConfigError, EndpointError
 from conf.load import load_experiment
-from conf.schema import Experiment, PreferenceExperiment
+from conf.schema import Experiment, Gate, PreferenceExperiment, Queries, Store
 from flows import cli, pipeline
 from flows.deploy import (
     FULL_NAME,
     PREFECT_YAML,
     ROOT,
+    _pool,
+    api_url,
     checked_schedule,
     deploy,
     deployed,
@@ -28,9 +38,11 @@ from flows.deploy import (
     start_retrain,
 )
 from flows.drift import retrained
-from flows.retrain import retrain
+from flows.retrain import retrain, with_gate
 from tasks import tracking
+from tasks.queries import query_table
 from tasks.registry import judge
+from tasks.warehouse import Warehouse
 
 QUERIES, SAMPLES = 60, 2
 
@@ -59,12 +71,74 @@ def test_prefect_yaml_is_whole_and_holds_the_embedded_experiment() -> None:
     assert checked_schedule(schedule["cron"], schedule["timezone"]).timezone == "Europe/Berlin"
     assert Experiment.model_validate(plan["parameters"]["experiment"]) == experiment()
     whole = yaml.safe_load(PREFECT_YAML.read_text())
-    (pull,) = whole["pull"]
-    assert list(pull) == ["prefect.deployments.steps.set_working_directory"]
+    assert "gate" not in plan["parameters"]["experiment"]  # conf/gate.yaml has it
+    assert plan["parameters"]["max_hours"] > 0
     lock = (ROOT / "requirements.lock").read_text().splitlines()
     assert f"prefect=={whole['prefect-version']}" in lock
     # Prefect 3.8 cannot insert scheduled runs on SQLAlchemy 2.1: no schedule would ever fire.
     assert any(line.lower().startswith("sqlalchemy==2.0.") for line in lock)
+
+
+def test_prefect_deploy_makes_a_deployment_that_runs_where_the_worker_is(
+    clean_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a laptop: the server is elsewhere, and so is the worker, in a folder of its own."""
+    with server() as client:
+        _pool(client, planned()["work_pool"]["name"])
+    laptop = tmp_path / "laptop"
+    for name in ("prefect.yaml", "flows"):
+        (laptop / name).parent.mkdir(exist_ok=True)
+        (laptop / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    environment = {**os.environ, "PREFECT_API_URL": str(api_url()), "PWD": str(laptop)}
+    done = subprocess.run(command, cwd=laptop, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    with server() as client:
+        found = deployed(client)
+        assert found is not None
+        assert found.entrypoint == "flows/retrain.py:retrain"
+        assert str(laptop) not in json.dumps(found.pull_steps)
+        assert found.parameters["max_hours"] == planned()["parameters"]["max_hours"]
+        assert "gate" not in found.parameters["experiment"]
+        # What the worker's process does with it, started anywhere.
+        monkeypatch.chdir(tmp_path)
+        steps = [step for step in found.pull_steps or [] if step]
+        there = run_coro_as_sync(run_steps(steps))
+        assert there is not None
+        assert there["directory"] == str(Path.cwd()) == str(ROOT)
+        assert Path("flows/retrain.py").exists()
+
+
+def test_a_change_of_the_gates_file_reaches_what_is_deployed(
+    clean_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert deploy(experiment(), pool="gate-test").gate.startswith("as conf/gate.yaml has it")
+    own = deploy(experiment(gate=Gate(min_gain=0.5)), pool="gate-test")
+    assert any("deployed with the experiment" in line and "0.5" in line for line in own.lines())
+    file = tmp_path / "gate.yaml"
+    file.write_text(load.GATE.read_text().replace("min_gain: 0.01", "min_gain: 0.03"))
+    monkeypatch.setattr(load, "GATE", file)
+    late = Experiment.model_validate(planned()["parameters"]["experiment"])
+    assert with_gate(late).gate.min_gain == 0.03
+    assert with_gate(experiment(gate=Gate(min_gain=0.5))).gate.min_gain == 0.5
+
+
+def test_a_run_that_hangs_is_ended(
+    store_directory: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hangs(*_: object) -> None:
+        # In short steps: pytest's own timeout holds the alarm that would interrupt a long one.
+        for _step in range(600):
+            time.sleep(0.1)
+
+    monkeypatch.setattr(pipeline, "ingest_queries", hangs)
+    settings = experiment(store=Store(directory=store_directory))
+    state = retrain(settings, max_hours=1 / 3600, return_state=True)
+    assert state.is_failed()
+    (run,) = tracking.client(settings.store).search_runs([tracking.experiment_id(settings.store)])
+    assert run.info.status == "FAILED"  # and not left open
+    with pytest.raises(ConfigError, match=r"may take 0 hours. Expected more than 0.*--max-hours"):
+        deploy(settings, max_hours=0)
 
 
 def test_deploying_twice_leaves_one_deployment_as_asked_for_last(
@@ -158,17 +232,35 @@ def test_an_experiment_on_battles_is_deployed_with_a_form_of_its_own(
     assert start_retrain(experiment()) is not None
 
 
-def test_drift_starts_the_deployment_of_the_same_experiment(clean_server: None) -> None:
-    assert start_retrain(experiment()) is None
-    deploy(experiment(), pool="deploy-test")
-    said = retrained(experiment())
+def test_drift_starts_the_deployment_of_the_same_experiment(
+    clean_server: None, store_directory: Path
+) -> None:
+    settings = experiment(store=Store(directory=store_directory))
+    assert start_retrain(settings) is None
+    deploy(settings, pool="deploy-test")
+    said = retrained(settings)
     assert said.startswith(f"Started {FULL_NAME} as flow run ")
     with get_client(sync_client=True) as client:
         (run,) = [run for run in client.read_flow_runs() if run.name in said]
         assert run.work_pool_name == "deploy-test"
         assert "drift" in run.tags
+        # The next look at the log finds the same drift while the run still waits.
+        again = retrained(settings)
+        assert again.startswith(f"Flow run {run.name}, which drift has started before")
+        assert len([run for run in client.read_flow_runs() if "drift" in run.tags]) == 1
+        client.set_flow_run_state(run.id, Cancelled(), force=True)
+    # When these queries have been learnt from, another run would find nothing new.
+    queries = query_table(settings.queries)
+    with tracking.parent_run(settings) as finished:
+        snapshot = Warehouse(store_directory).write_snapshot("queries", queries)
+        tracking.log_dataset(settings.store, finished, snapshot, name="queries")
+    said = retrained(settings)
+    assert said.startswith(f"Nothing new to learn from: run {finished[:8]} had exactly these")
+    assert "queries.path" in said
+    more = settings.model_copy(update={"queries": Queries(limit=151)})
+    assert retrained(more).startswith(f"Started {FULL_NAME}")
     with pytest.raises(ConfigError, match=r"deployed for the experiment 'embedded'.*'other'"):
-        retrained(experiment(name="other"))
+        retrained(more.model_copy(update={"name": "other"}))
 
 
 def scripted(store: Path, urls: tuple[str, str]) -> Experiment:

@@ -110,6 +110,7 @@ def test_shuffled_labels_teach_nothing() -> None:
 
 
 def test_mistakes_are_named() -> None:
+    assert KernelRidge(encoders=("minilm", "smollm2-135m@18")).weights == (1.0, 1.0)
     with pytest.raises(ConfigError, match="2 encoders and 1 weights"):
         KernelRidge(encoders=("minilm", "smollm2-135m@18"), weights=(1.0,))
     strangers = Comparisons(("x",), ("a",), ("b",), np.array([1.0]), weak="c", strong="d")
