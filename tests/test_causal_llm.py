@@ -14,8 +14,8 @@ from conf.errors import ArtifactError, ConfigError
 from conf.routers import CausalLLM, Trainer
 from router_models import causal_llm
 from router_models.causal_llm import CausalLLMRouter
-from router_models.transformer import quiet_transformers
 from router_models.training_data import Comparisons
+from router_models.transformer import quiet_transformers
 
 PROMPTS = [record["text"] for record in RECORDS[:40]]
 CHAT = "{% for m in messages %}<|turn|>{{ m.content }}<|end|>{% endfor %}<|turn|>"
