@@ -15,7 +15,7 @@ from conf.load import load_benchmark
 from conf.routers import KernelRidge, Knn, MatrixFactorization, Router, SimilarityWeighted, Trainer
 from conf.schema import Benchmark
 from flows.benchmark import benchmark
-from flows.cli import _table
+from flows.terminal import print_table
 from router_models.catalog import build_router
 from router_models.frontier import METRICS, apgr
 from router_models.statistics import bootstrap_metrics
@@ -246,7 +246,7 @@ def printed(report: BenchmarkReport) -> str:
 def printed_rows(rows: list[dict[str, str]]) -> str:
     """Return the table as a terminal of 80 characters shows it."""
     text = StringIO()
-    _table(Console(width=80, file=text), "", rows)
+    print_table(Console(width=80, file=text), "", rows)
     return text.getvalue()
 
 

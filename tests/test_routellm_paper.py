@@ -23,7 +23,7 @@ from conf.llms import Pair
 from conf.load import EXPERIMENTS, load_experiment
 from conf.routers import Router
 from conf.schema import Experiment, PreferenceExperiment
-from flows import cli
+from flows import cli, commands
 from flows.doctor import findings
 from flows.pipeline import pipeline
 from flows.preference_pipeline import preference_pipeline
@@ -168,7 +168,7 @@ def test_the_papers_experiment_runs_whole(
 ) -> None:
     report = preference_pipeline(experiment)
     # What the command line prints of it, and that it takes this flow.
-    monkeypatch.setattr(cli, "_experiment", lambda arguments: experiment)
+    monkeypatch.setattr(commands, "_experiment", lambda arguments: experiment)
     monkeypatch.setattr("flows.preference_pipeline.preference_pipeline", lambda given: report)
     monkeypatch.setattr("flows.retrain._report", lambda given, max_hours: report)
     capsys.readouterr()
