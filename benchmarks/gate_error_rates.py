@@ -2,7 +2,8 @@
 
 `python -m benchmarks.gate_error_rates` prints, for each rule and number of test queries, the share
 of 200 retrains that are promoted where candidate and champion are equally good (false promotions),
-and where the candidate is better by twice `min_gain` (power). Less than a minute on one core.
+and where the candidate is better by twice `min_gain` (power); and then how many months have a false
+promotion if every night's version is judged on the same queries. Three minutes on one core.
 
 A retrain: queries have a difficulty, both LLMs are right more or less often by it, 10 samples of
 each make a quality. A router reads the difficulty with an error; what candidate and champion
@@ -12,7 +13,7 @@ candidates are trained, and the one with the highest APGR on the test queries is
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -26,6 +27,7 @@ SHARED = 0.8  # of the variance of the routers' errors
 PRECISION = 0.6  # correlation of the champion's reading with the difficulty
 RETRAINS = 200
 REPLICATES = 1_000
+NIGHTS = 30
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Rule:
     corrected: bool
     """Whether the level allows for the choice among several candidates."""
 
-    def promotes(self, gain: float, replicates: np.ndarray, tried: int) -> bool:
+    def promotes(self, gain: float, replicates: np.ndarray, tried: int, *, nth: int = 1) -> bool:
         """Judge a gain in APGR by its paired replicates."""
-        level = promotion_level(self.settings, tried if self.corrected else 1)
+        level = promotion_level(self.settings, tried if self.corrected else 1, nth)
         return promotes(Estimate(gain, interval(replicates, level=level)), self.settings)
 
 
@@ -145,8 +147,30 @@ def promoted_shares(
     return {name: count / retrains for name, count in promoted.items()}
 
 
+def promoted_months(
+    queries: int, *, candidates: int, nights: int = NIGHTS, months: int = 100, seed: int = 0
+) -> tuple[float, float]:
+    """Return the share of months with a false promotion: at one level, and at the gate's levels.
+
+    A month: a new version every night, as good as the champion, all judged on the same queries.
+    """
+    rng = np.random.default_rng([seed, queries, candidates, nights])
+    rule, wrong = RULES[-1], np.zeros(2)
+    for _ in range(months):
+        found = retrain(queries, gain=0.0, candidates=nights * candidates, rng=rng)
+        promoted = np.zeros((nights, 2), dtype=bool)
+        for night, tonights in enumerate(np.split(found.candidates, nights)):
+            measured, replicates = judged(replace(found, candidates=tonights), rng)
+            promoted[night] = [
+                rule.promotes(measured, replicates, candidates, nth=nth) for nth in (1, night + 1)
+            ]
+        wrong += promoted.any(axis=0)
+    one_level, spent = wrong / months
+    return float(one_level), float(spent)
+
+
 def main() -> None:
-    """Print both error rates of every rule."""
+    """Print both error rates of every rule, and what the nights of a month add up to."""
     better = 2 * Gate().min_gain
     print(f"{RETRAINS} retrains each; better means by {better:g} APGR")
     print(f"{'rule':46} {'queries':>7} {'best of':>7} {'false promotions':>17} {'power':>7}")
@@ -159,6 +183,11 @@ def main() -> None:
                 rates = f"{false[rule]:17.1%} {power[rule]:7.1%}"
                 print(f"{rule:46} {queries:7} {candidates:7} {rates}")
             sys.stdout.flush()
+    print(f"\nMonths of {NIGHTS} versions on the same queries with a false promotion, of 100")
+    print(f"{'queries':>7} {'best of':>7} {'one level':>10} {'level of the nth by 1/n²':>25}")
+    for candidates in (1, 4):
+        one_level, spent = promoted_months(150, candidates=candidates)
+        print(f"{150:7} {candidates:7} {one_level:10.0%} {spent:25.0%}")
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ class Receipt:
                 "The alias `champion` tells whether it has. If not, and its run ended, run again."
             ]
         if self.passed():
-            back = f" `turnout rollback` brings version {self.champion} back."
+            back = f" `turnout rollback --pair {self.model}` brings version {self.champion} back."
             return [f"Load it as `models:/{self.model}@champion`.{back if self.champion else ''}"]
         failed = [check for check in self.checks if not check.passed]
         if self.is_champion() and len(failed) == 1:

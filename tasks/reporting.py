@@ -131,9 +131,14 @@ class RunReport:
         report = asdict(self)
         for pair, found in zip(report["pairs"], self.pairs, strict=True):
             pair["pair"] = found.pair.model_dump()
-            pair["receipt"]["verdict"] = found.receipt.verdict()
-            pair["receipt"]["summary"] = found.receipt.summary()
+            pair["receipt"] |= _verdict(found.receipt)
+        if self.pool is not None:
+            report["pool"]["receipt"] |= _verdict(self.pool.receipt)
         return _without_nan(report)
+
+
+def _verdict(receipt: Receipt) -> dict[str, str]:
+    return {"verdict": receipt.verdict(), "summary": receipt.summary()}
 
 
 def _without_nan(value: Any) -> Any:
