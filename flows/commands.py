@@ -174,11 +174,12 @@ def compare_command(arguments: argparse.Namespace) -> int:
 
 def ui_command(arguments: argparse.Namespace) -> int:
     """Serve MLflow's UI on the experiment's store until interrupted."""
+    from tasks.tracking import routers_url
+
     store = _experiment(arguments).store
+    print(f"All routers, best first: {routers_url(store)}", file=sys.stderr)
     if store.mlflow_uri().startswith("http"):
-        print(f"MLflow is served at {store.mlflow_uri()}", file=sys.stderr)
         return 0
-    store.directory.mkdir(parents=True, exist_ok=True)
     os.execv(
         sys.executable,
         [

@@ -49,7 +49,7 @@ def native_precision() -> Precision:
 
 
 class LocalModel:
-    """A transformer with mean (or first-token) pooling, on the CPU."""
+    """A transformer whose states are averaged, or of which one token's is taken, on the CPU."""
 
     def __init__(self, name: str, *, precision: Precision) -> None:
         import torch
@@ -106,7 +106,8 @@ class LocalModel:
 def load_transformer(name: str) -> tuple[Any, Any]:
     """Return the float32 transformer (in evaluation mode, without pooler) and its fast tokenizer.
 
-    name: `minilm`, a local folder or a hub name. Raises ConfigError or ArtifactError.
+    name: `minilm` or `smollm2-135m`, a local folder or a hub name.
+    Raises ConfigError or ArtifactError.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer

@@ -4,6 +4,7 @@ Values only; `tasks.promotion` reads and writes them in MLflow.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -13,6 +14,9 @@ from tasks.processes import is_gone, this_process
 from tasks.registry import CHALLENGER, CHAMPION, PREVIOUS
 
 ABANDONED = timedelta(hours=1)  # a note so old is nobody's; a promotion takes minutes
+
+
+Kind = Literal["promotion", "forced", "rollback"]
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,14 @@ class Note:
     before: Aliases
     after: Aliases
     why: str
-    kind: Literal["promotion", "forced", "rollback"] = "promotion"
+    kind: Kind = "promotion"
     process: str = field(default_factory=this_process)
     """Who is at it."""
     at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     nonce: str = field(default_factory=lambda: uuid4().hex)
     """Tells two notes of one process apart."""
+    tags: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """What both champions' versions said of promotions before: version → tag → value."""
 
     def to_json(self) -> str:
         """Return the note as the text of a tag."""

@@ -84,7 +84,8 @@ class Cluster:
 
     def whole_node(self) -> Resources:
         """Return what keeps a second shard off a node, where nodes are alike."""
-        return Resources(cpus=max(1, min(int(node.get("CPU", 0)) for node in self.nodes())))
+        cpus = [int(node.get("CPU", 0)) for node in self.nodes()]
+        return Resources(cpus=min((each for each in cpus if each > 0), default=1))
 
     def with_gpu(self) -> Resources:
         """Return one GPU where the cluster has any, else one CPU."""
@@ -229,7 +230,7 @@ def _refuse_missing_packages() -> None:
         if find_spec(package) is None:
             raise ConfigError(
                 f"compute is ray, and {package} is not installed. Expected Ray here and on every "
-                "node. Run `pip install 'turnout[ray]'`, or set compute=local."
+                "node. Run `pip install --editable '.[ray]'`, or set compute=local."
             )
 
 

@@ -49,7 +49,9 @@ from tasks.registry import (
     ROOT,
     Version,
     champion,
+    ever_promoted,
     log_receipt,
+    registered,
     requirements,
     rolled_back,
     tag_verdict,
@@ -186,6 +188,7 @@ def route_pool(
 def judge_pool(experiment: Experiment, best: Candidate) -> Receipt:
     """Hold a pool's version against the rule of the module's docstring and log its receipt."""
     store, model = experiment.store, best.version.model
+    current = champion(store, model)
     receipt = Receipt(
         model=model,
         version=best.version.version,
@@ -197,14 +200,24 @@ def judge_pool(experiment: Experiment, best: Candidate) -> Receipt:
             reproduces_choices(store, best),
             no_worse_than_single(best.over_single),
             gate.not_rolled_back(rolled_back(store, best.version)),
+            *replaces_nothing(store, best.version, current),
         ),
-        champion=champion(store, model),
+        champion=current,
         notes=("A pool's version is not compared with the champion, which it replaces.",),
         pending=True,
     )
     log_receipt(store, best.routed.run_id, receipt)
     tag_verdict(store, best.version, receipt)
     return receipt
+
+
+def replaces_nothing(store: Store, version: Version, current: str | None) -> tuple[Check, ...]:
+    """Return the check that stops a version where it is the champion, or where that is gone."""
+    if version.version == current:
+        return (gate.champion_check("it is the champion: nothing changed", passed=False),)
+    if current is None and ever_promoted(store, version.model):
+        return (gate.champion_gone(),)
+    return ()
 
 
 def reproduces_choices(store: Store, best: Candidate) -> Check:
@@ -456,11 +469,16 @@ def _register(
     judged: Snapshot,
     run_id: str,
 ) -> Version:
-    """Register the final router with what its LLMs cost; by default it chooses as it was judged."""
+    """Register the final router with what its LLMs cost; by default it chooses as it was judged.
+
+    What expects and chooses the same is the version that is there already.
+    """
     import mlflow
 
     assert experiment.pool is not None
     client, name = tracking.client(experiment.store), pool_model(experiment)
+    if (known := registered(experiment.store, name, judged.digest)) is not None:
+        return known
     params = {"policy": "pool", "margin": experiment.pool.margin}
     with tempfile.TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
         router.save(Path(scratch, "router"))
@@ -473,7 +491,6 @@ def _register(
             model_config={"cost_usd": dict(costs)},
             pip_requirements=requirements(settings),
         )
-        # The same training expects and chooses the same.
         tags = {
             "router": settings.name,
             "metric": experiment.quality.label_metric,

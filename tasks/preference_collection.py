@@ -24,20 +24,12 @@ from conf.preferences import PreferenceSource
 from conf.routers import Router as RouterSettings
 from conf.schema import Experiment
 from tasks.judging import judge_answers
-from tasks.preference_sources import Layout, preferences, response_preferences
-from tasks.preferences import AGAINST_ITSELF, Source, other_prompts, pair_battles
+from tasks.preference_sources import preferences, response_preferences
+from tasks.preferences import AGAINST_ITSELF, other_prompts, pair_battles
 from tasks.training import SPLITS, evaluation_folds
 from tasks.warehouse import Snapshot, Warehouse
 
 HELD_OUT = "on a query that is held out"
-
-
-@dataclass(frozen=True)
-class IngestedPreferences:
-    """Where the battles lie, and how many rows were left out, by reason."""
-
-    snapshot: Snapshot
-    left_out: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -126,19 +118,6 @@ class CollectedPreferences:
             }
             for count in self.counts
         ]
-
-
-@task(task_run_name="ingest {layout} preferences")
-def ingest_preferences(
-    warehouse: Warehouse, layout: Layout, path: str, *, source: Source | None = None
-) -> IngestedPreferences:
-    """Store the battles found at ``path`` and return them as a snapshot.
-
-    source: who gave an arena layout's verdicts, people (arena, the default) or a judge.
-    """
-    found = preferences(layout, path, source=source)
-    warehouse.ingest("preferences", found.rows)
-    return IngestedPreferences(warehouse.write_snapshot("preferences", found.rows), found.left_out)
 
 
 @task(task_run_name="collect preferences of {pair.weak} and {pair.strong}")

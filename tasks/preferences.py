@@ -207,22 +207,6 @@ def leaks(train: Iterable[str], test: Iterable[str], *, contaminated: Iterable[s
     return Leaks(found(test), found(contaminated))
 
 
-def refuse_leaks(
-    train: Iterable[str], test: Iterable[str], *, contaminated: Iterable[str] = ()
-) -> None:
-    """Raise DataError when a training prompt is in the test data or listed as contaminated."""
-    found = leaks(train, test, contaminated=contaminated)
-    for prompts, what in (
-        (found.duplicates, "also in the test data"),
-        (found.contaminated, f"listed in {CONTAMINATED}"),
-    ):
-        if prompts:
-            raise DataError(
-                f"{len(prompts)} training prompts are {what}, such as {prompts[0][:80]!r}. "
-                "Expected prompts that no test has seen. Drop them with without_prompts."
-            )
-
-
 def without_prompts(data: Comparisons, prompts: Iterable[str]) -> Comparisons:
     """Return the battles on other prompts; raises DataError when none is left."""
     rows = other_prompts(data.prompts, prompts)

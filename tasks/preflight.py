@@ -33,6 +33,7 @@ from tasks.generation import missing_requests, prompt_table, rendered_prompts
 from tasks.journal import recover_journals
 from tasks.preference_sources import FORMATS
 from tasks.scoring import metric_fingerprint, scorer_checkpoint
+from tasks.shards import recover_shards
 from tasks.warehouse import Snapshot, Warehouse
 
 # More characters than a token has in any ordinary text: what is too long even so is so for sure.
@@ -45,7 +46,9 @@ def preflight(experiment: Experiment, queries: Snapshot) -> None:
 
     Raises ConfigError, DataError, ArtifactError or EndpointError, whichever comes first.
     """
-    recover_journals(Warehouse(experiment.store.directory))
+    warehouse = Warehouse(experiment.store.directory)
+    recover_journals(warehouse)
+    recover_shards(warehouse, experiment.compute)
     _raise_all(_checks(experiment, queries))
 
 

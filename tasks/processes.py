@@ -18,7 +18,11 @@ def this_process() -> str:
 def is_gone(process: str) -> bool:
     """Tell whether a process has ended. Of other machines and containers nothing is known."""
     words, here = process.split(" "), _machine().split(" ")
-    if len(words) != 5 or words[0] != here[0]:
+    if words[0] != here[0]:
+        return False
+    if len(words) == 3 and words[1].isdecimal():  # as an earlier release wrote it
+        return _started(int(words[1])) == "ended"
+    if len(words) != 5:
         return False
     if words[1] != here[1]:
         return True  # this machine, before it was started anew
@@ -46,7 +50,7 @@ def _started(pid: int) -> str:
         # Its name, in brackets, may hold blanks. What follows begins with the third field.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[19]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         pass
     import psutil
 

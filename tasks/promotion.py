@@ -27,7 +27,7 @@ from conf.errors import ArtifactError, ConfigError, StoreError, unknown_name
 from conf.schema import Store
 from serving.score import win_rates_in_clean_process
 from tasks import gate, tracking
-from tasks.aliases import Aliases, Note
+from tasks.aliases import Aliases, Kind, Note
 from tasks.gate import Receipt
 from tasks.progress import stage
 from tasks.registry import (
@@ -47,6 +47,8 @@ from tasks.registry import (
 NOTE = "turnout.promotion"
 ALIASES = (PREVIOUS, CHAMPION, CHALLENGER)
 SMOKE_QUERIES = ("What is the capital of France?", "Prove that √2 is irrational.", "?")
+PROMOTED_WHY, INSTEAD_OF = "promotion.why", "promotion.instead_of"
+PROMOTION_TAGS = (PROMOTED_AT, PROMOTED_WHY, INSTEAD_OF, ROLLED_BACK)
 ANY = "any"  # champion: it does not matter which one it is
 
 _log = logging.getLogger(__name__)
@@ -108,7 +110,7 @@ def promote(
             )
         after = before.promoted(version)
         if after != before:
-            _move(store, Note(before, after, why, "forced" if forced else "promotion"))
+            _move(store, _note(store, before, after, why, "forced" if forced else "promotion"))
         elif forced:
             tracking.client(store).delete_model_version_tag(model, version, ROLLED_BACK)
     return after
@@ -137,7 +139,7 @@ def rollback(store: Store, model: str, *, why: str = "rolled back") -> Aliases:
                 f"The previous version of {model} is {before.previous} now. Expected {previous}, "
                 "which was asked whether it answers. Run again."
             )
-        _move(store, Note(before, after, why, "rollback"))
+        _move(store, _note(store, before, after, why, "rollback"))
     return after
 
 
@@ -267,6 +269,20 @@ def _pending(store: Store, model: str) -> Note | None:
     return Note.from_json(tags[NOTE]) if NOTE in tags else None
 
 
+def _note(store: Store, before: Aliases, after: Aliases, why: str, kind: Kind) -> Note:
+    tags = {
+        version: _promotion_tags(store, before.model, version)
+        for version in (before.champion, after.champion)
+        if version is not None
+    }
+    return Note(before, after, why, kind, tags=tags)
+
+
+def _promotion_tags(store: Store, model: str, version: str) -> dict[str, str]:
+    tags = tracking.client(store).get_model_version(model, version).tags
+    return {tag: tags[tag] for tag in PROMOTION_TAGS if tag in tags}
+
+
 def _move(store: Store, note: Note) -> None:
     """Write the note and read it back, move the aliases, ask the new champion, take the note away.
 
@@ -296,9 +312,9 @@ def _finish(store: Store, note: Note) -> None:
     _set(store, note.after, ALIASES)
     smoke_test(store, f"models:/{model}@{CHAMPION}")
     tags = {
-        "promotion.why": note.why,
+        PROMOTED_WHY: note.why,
         PROMOTED_AT: note.at,
-        "promotion.instead_of": note.before.champion or "none",
+        INSTEAD_OF: note.before.champion or "none",
     }
     for key, value in tags.items():
         client.set_model_version_tag(model, new, key, value)
@@ -312,11 +328,20 @@ def _finish(store: Store, note: Note) -> None:
 
 
 def _undo(store: Store, note: Note) -> None:
-    """Put the aliases back, the champion first, and take the note away; not if it is another's."""
-    if _pending(store, note.before.model) == note:
-        _set(store, note.before, (CHAMPION, PREVIOUS, CHALLENGER))
-        _mark(store, note.before)
-        _drop(store, note)
+    """Put all back, the champion first, and take the note away; not if it is another's."""
+    client, model = tracking.client(store), note.before.model
+    if _pending(store, model) != note:
+        return
+    _set(store, note.before, (CHAMPION, PREVIOUS, CHALLENGER))
+    for version, before in note.tags.items():
+        now = _promotion_tags(store, model, version)
+        for tag in now.keys() - before.keys():
+            client.delete_model_version_tag(model, version, tag)
+        for tag, value in before.items():
+            if now.get(tag) != value:
+                client.set_model_version_tag(model, version, tag, value)
+    _mark(store, note.before)
+    _drop(store, note)
 
 
 def _drop(store: Store, note: Note) -> None:

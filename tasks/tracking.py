@@ -34,6 +34,7 @@ PAIR_TAG = "turnout.pair"
 CHAMPION_TAG = "turnout.champion"
 COMMIT_TAG = "mlflow.source.git.commit"
 FLOW_RUN_TAG = "turnout.flow_run"
+ERROR_TAG = "turnout.error"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
 # Where MLflow's database keeps paths of artifacts: column by table.
@@ -215,21 +216,29 @@ def parent_run(experiment: AnyExperiment | Benchmark, *, kind: str = "pipeline")
     from prefect.runtime import flow_run
 
     store = experiment.store
-    close_abandoned_runs(store)
+    root = None if flow_run.id is None else str(flow_run.root_flow_run_id)
+    close_abandoned_runs(store, flow_run_id=root)
     describe_experiment(store)
     tags = {PROCESS_TAG: this_process(), "turnout.kind": kind, **_revision()}
     run_id = None
-    if flow_run.id is not None:
-        tags[FLOW_RUN_TAG] = flow_run.root_flow_run_id
-        run_id = _unfinished(store, experiment.name, tags[FLOW_RUN_TAG])
+    if root is not None:
+        tags[FLOW_RUN_TAG] = root
+        run_id = _unfinished(store, experiment.name, root)
     if run_id is None:
         run = client(store).create_run(experiment_id(store), run_name=experiment.name)
         run_id = run.info.run_id
-    client(store).update_run(run_id, status="RUNNING")
+    _reopen(store, run_id)
     set_tags(store, run_id, tags)
     with _closing(run_id):
         client(store).log_dict(run_id, experiment.model_dump(mode="json"), "config.json")
         yield run_id
+
+
+def _reopen(store: Store, run_id: str) -> None:
+    """Let a run go on, without the error of an earlier attempt."""
+    client(store).update_run(run_id, status="RUNNING")
+    if ERROR_TAG in client(store).get_run(run_id).data.tags:
+        client(store).delete_tag(run_id, ERROR_TAG)
 
 
 def _unfinished(store: Store, name: str, flow_run_id: str) -> str | None:
@@ -250,7 +259,7 @@ def child_run(store: Store, parent_id: str, name: str, *, tags: Mapping[str, str
     found = mlflow_client.search_runs([experiment_id(store)], " AND ".join(clauses))
     if found:
         run_id = found[0].info.run_id
-        mlflow_client.update_run(run_id, status="RUNNING")
+        _reopen(store, run_id)
     else:
         run = mlflow_client.create_run(
             experiment_id(store), run_name=name, tags={PARENT_TAG: parent_id, **own}
@@ -268,14 +277,17 @@ def _closing(run_id: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        MlflowClient().set_tag(run_id, "turnout.error", f"{type(error).__name__}: {error}"[:5000])
+        MlflowClient().set_tag(run_id, ERROR_TAG, f"{type(error).__name__}: {error}"[:5000])
         MlflowClient().set_terminated(run_id, "FAILED")
         raise
     MlflowClient().set_terminated(run_id, "FINISHED")
 
 
-def close_abandoned_runs(store: Store) -> int:
-    """Mark as KILLED the runs that a process of this machine, now gone, left open; count them."""
+def close_abandoned_runs(store: Store, *, flow_run_id: str | None = None) -> int:
+    """Mark as KILLED the runs that a process of this machine, now gone, left open; count them.
+
+    Prefect is told too, but for ``flow_run_id``: that one has been started again and is at work.
+    """
     mlflow_client = client(store)
     abandoned = 0
     for run in mlflow_client.search_runs([experiment_id(store)], "attributes.status = 'RUNNING'"):
@@ -285,7 +297,7 @@ def close_abandoned_runs(store: Store) -> int:
         if is_gone(owner.data.tags.get(PROCESS_TAG, "")):
             mlflow_client.set_terminated(run.info.run_id, "KILLED")
             abandoned += 1
-            if FLOW_RUN_TAG in run.data.tags:
+            if run.data.tags.get(FLOW_RUN_TAG, flow_run_id) != flow_run_id:
                 _report_crash(run.data.tags[FLOW_RUN_TAG])
     return abandoned
 

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.errors import DataError
-from tasks.preference_collection import ingest_preferences
 from tasks.preference_sources import (
     ALPACA_REFERENCE,
     alpaca_preferences,
     arena_preferences,
     gold_preferences,
+    preferences,
     response_preferences,
     win_probability,
 )
@@ -305,16 +305,14 @@ def test_bad_judgements_are_explained(tmp_path: Path) -> None:
 def test_preferences_are_stored_once(tmp_path: Path) -> None:
     warehouse = Warehouse(tmp_path / "store")
     path = arena_file(tmp_path / "train.csv", [*ARENA, arena_row("[null]")])
-    first = ingest_preferences.fn(warehouse, "arena", path)
-    again = ingest_preferences.fn(warehouse, "arena", path)
-    assert first == again
-    assert first.snapshot.rows == 3
-    assert first.left_out == {"no text in the first turn": 1}
-    gold = gold_folder(tmp_path / "gold", GOLD)
-    ingest_preferences.fn(warehouse, "gold", str(gold))
+    first = preferences("arena", path)
+    gold = preferences("gold", str(gold_folder(tmp_path / "gold", GOLD)))
+    for found in (first, first, gold):
+        warehouse.ingest("preferences", found.rows)
+    assert dict(first.left_out) == {"no text in the first turn": 1}
     counted = warehouse.query("SELECT source, count(*) n FROM preferences GROUP BY 1 ORDER BY 1")
     assert counted.to_pylist() == [{"source": "arena", "n": 3}, {"source": "gold", "n": 4}]
-    data = comparisons(first.snapshot.read(), weak="llama", strong="gpt-4")
+    data = comparisons(first.rows, weak="llama", strong="gpt-4")
     assert data.a_wins.tolist() == [1.0, 0.0, 0.5]
 
 

@@ -1,6 +1,7 @@
 """A process is told from another by more than its id."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -55,6 +56,14 @@ def test_the_clock_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(os.getpid()) in before
 
 
-@pytest.mark.parametrize("unreadable", ["", "host 12 1699.5", "a b c d e"])
+@pytest.mark.parametrize(
+    "unreadable", ["", "host 12 1699.5", "a b c d e", f"{socket.gethostname()} 12"]
+)
 def test_what_cannot_be_read_is_not_called_gone(unreadable: str) -> None:
     assert not processes.is_gone(unreadable)
+
+
+def test_what_an_earlier_release_wrote_is_understood() -> None:
+    host = socket.gethostname()
+    assert not processes.is_gone(f"{host} {os.getpid()} 1699.5")
+    assert processes.is_gone(f"{host} 99999999 1699.5")
