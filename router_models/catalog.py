@@ -63,7 +63,7 @@ ROUTERS: dict[str, Any] = {
 def build_router(config: Any) -> Router:
     """Return the untrained router that ``config`` (one of conf.routers' settings) asks for.
 
-    >>> from conf.schema import Random
+    >>> from conf.routers import Random
     >>> type(build_router(Random())).__name__
     'RandomRouter'
     """

@@ -565,7 +565,7 @@ def started(*arguments: object, directory: Path) -> subprocess.Popen[bytes]:
 def test_a_killed_run_resumes_without_asking_again(
     warehouse: Warehouse, tmp_path: Path, end: signal.Signals
 ) -> None:
-    with ScriptedLLM(delay_s=0.03) as server:
+    with ScriptedLLM(delay_s=0.1) as server:
         run = started("-c", RUN, warehouse.directory, server.url, directory=tmp_path)
         while len(server.log) < 15 and run.poll() is None:
             time.sleep(0.005)

@@ -153,6 +153,7 @@ def test_a_router_that_learnt_from_battles_is_operated_like_any_other(
     drift = turnout("drift", "--queries", like)
     assert (drift["model_version"], drift["verdict"]) == (version, "too few queries")
     monkeypatch.setattr("flows.preference_pipeline.preference_pipeline", lambda given: report)
+    monkeypatch.setattr("flows.retrain._report", lambda given, max_hours: report)
     others = [{"prompt": f"Sing me verse {number} of the song!"} for number in range(60)]
     words = ("--queries", jsonl(tmp_path / "others.jsonl", others), "--router", other)
     drift = turnout("drift", *words, "--retrain")

@@ -14,12 +14,13 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.
 SHELL = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
 TURNOUT = [line for line in SHELL if line.startswith("turnout")]
 MAKE = [line for line in SHELL if line.startswith("make")]
+SCRIPTS = [line for line in SHELL if line.startswith("python")]
 
 
 def test_every_block_is_of_a_kind_that_is_checked() -> None:
     """Python blocks run in test_pipeline.py, against a champion."""
     assert {kind for kind, _ in BLOCKS} == {"bash", "yaml", "python", "text"}
-    assert len(TURNOUT) + len(MAKE) == len([line for line in SHELL if line])
+    assert len([*TURNOUT, *MAKE, *SCRIPTS]) == len([line for line in SHELL if line])
 
 
 @pytest.mark.parametrize("line", TURNOUT)
@@ -55,3 +56,8 @@ def test_the_tree_names_what_is_there() -> None:
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("line", SCRIPTS)
+def test_scripts_are_there(line: str) -> None:
+    assert (ROOT / shlex.split(line, comments=True)[1]).is_file()
