@@ -5,10 +5,16 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
 
 import tasks.scoring
 from conf.errors import DataError, TurnoutError
+from conf.load import load_experiment
 from conf.schema import BartScore, GoldMatch
+from tasks import tracking
 from tasks.scoring import gold_match, metric_fingerprint, score_responses
 from tasks.warehouse import Snapshot, Warehouse
 
@@ -92,6 +98,43 @@ def test_a_crashing_scorer_fails_and_keeps_what_is_scored(
     assert warehouse.query("SELECT count(*) AS n FROM scores")["n"].to_pylist() == [4]
     monkeypatch.undo()
     assert score_responses.fn(warehouse, queries, responses, GOLD).rows == 10
+
+
+def test_a_scorer_out_of_memory_fails_its_task_its_flow_and_its_run(
+    store_directory: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: None
+) -> None:
+    """Never a silent success: Prefect and MLflow both say that it failed."""
+    warehouse = Warehouse(store_directory)
+    queries, responses = stored(warehouse, gold=["Lima"])
+    experiment = load_experiment(overrides=(f"store.directory={store_directory}",))
+
+    def failing(rows: pa.Table) -> list[float]:
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(tasks.scoring, "gold_scorer", failing)
+
+    @flow
+    def night() -> str:
+        with tracking.parent_run(experiment):
+            score_responses(warehouse, queries, responses, GOLD)
+        return "scored"
+
+    state = night(return_state=True)
+    assert state.is_failed()
+    with pytest.raises(torch.OutOfMemoryError):
+        state.result()
+    with get_client(sync_client=True) as client:
+        (task_run,) = client.read_task_runs(
+            flow_run_filter=FlowRunFilter.model_validate(
+                {"id": {"any_": [state.state_details.flow_run_id]}}
+            )
+        )
+    assert task_run.state_name == "Failed"
+    (run,) = tracking.client(experiment.store).search_runs(
+        [tracking.experiment_id(experiment.store)]
+    )
+    assert run.info.status == "FAILED"
+    assert "tried to allocate" in run.data.tags[tracking.ERROR_TAG]
 
 
 @pytest.mark.parametrize("gold", [None, []])
