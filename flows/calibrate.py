@@ -44,25 +44,25 @@ def threshold_request(
     0.3
     """
     relative = max_drop is not None and max_drop.strip().endswith("%")
-    drop = None if max_drop is None else _number("--max-drop", max_drop)
+    drop = None if max_drop is None else number("--max-drop", max_drop)
     return ThresholdRequest(
         router=router,
         pair=pair,
         max_drop=None if relative else drop,
         max_drop_percent=None if drop is None or not relative else round(100 * drop, 12),
-        confidence=_number("--confidence", confidence),
-        strong_share=None if strong_share is None else _number("--strong-share", strong_share),
+        confidence=number("--confidence", confidence),
+        strong_share=None if strong_share is None else number("--strong-share", strong_share),
         data=None if data is None else Path(data),
         quality_range=None if quality_range is None else _range(quality_range),
     )
 
 
 def _range(words: Sequence[str]) -> tuple[float, float]:
-    low, high = (_number("--quality-range", word) for word in words)
+    low, high = (number("--quality-range", word) for word in words)
     return low, high
 
 
-def _number(option: str, word: str) -> float:
+def number(option: str, word: str) -> float:
     """Read 0.01 or 1% as a number."""
     digits = word.strip().removesuffix("%")
     try:

@@ -7,6 +7,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from conf.errors import ConfigError
 from conf.schema import AnyExperiment, DriftRequest, Experiment
+from flows.calibrate import number
 from flows.deploy import FULL_NAME, start_retrain
 from tasks import tracking
 from tasks.calibration_data import PIPELINE, logged_router
@@ -104,11 +105,7 @@ def drift_request(
 
 def _share(option: str, word: str, *, below: float) -> float:
     """Read 0.01 or 1% as a share above 0 and below a bound."""
-    digits = word.strip().removesuffix("%")
-    try:
-        share = float(digits) / (100 if digits != word.strip() else 1)
-    except ValueError:
-        share = float("nan")
+    share = number(option, word)
     if not 0 < share < below:
         raise ConfigError(
             f"{option} is {word!r}. Expected a share above 0 and below {below:g}, such as 0.01 or "

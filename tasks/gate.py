@@ -208,12 +208,13 @@ def promotion_level(settings: Gate, tried: int, nth: int = 1) -> float:
     little too narrow, and what is stated has to hold.
 
     ``nth``: the candidate is the nth version held against a champion on these test queries. Each
-    may err by 1/n² of the first's share, so that all together, however many, err by π²/12 of what
-    is stated (alpha spending), and the first of a new test loses nothing. Where the level passes
-    what the replicates can tell apart, the lowest of them decides. Simulated
+    may err by 1/n² of the first's share (alpha spending), and the first of a new test loses
+    nothing. Exact intervals would keep all of them together, however many, at π²/12 of what is
+    stated. The bootstrap's do not: its tails are too short with few queries, and past what the
+    replicates can tell apart the lowest of them decides. Simulated
     (`benchmarks/gate_error_rates.py`), 30 versions as good as the champion on the same 150 queries:
     one or more is promoted in 9 of 100 months, without this in 31; where each is the best of four,
-    in 6 and 16.
+    in 6 and 16. The rate that is stated is each retrain's.
 
     >>> promotion_level(Gate(max_false_promotions=0.05), 2)
     0.975
