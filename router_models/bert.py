@@ -4,7 +4,6 @@ Ong et al., "RouteLLM: Learning to Route LLMs with Preference Data", arXiv 2406.
 The network, and how it is saved, are those of `hybrid`; the verdicts are this file's.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +50,7 @@ VERDICTS = Objective(
     probabilities=lambda logits: logits.softmax(dim=1),
     logits=lambda mean: np.log(np.clip(mean, 0.01, 0.99)),
     mean_loss=cross_entropy,
+    win_rate=lambda verdicts, config: win_rate_of(verdicts, tie_share=config.tie_share),
 )
 
 
@@ -79,10 +79,3 @@ class BertRouter(EncoderRouter):
     kind = "bert"
     settings = Bert
     objective = VERDICTS
-
-    def win_rate(self, prompts: Sequence[str]) -> np.ndarray:
-        """Return the expected share of battles that the strong LLM wins, (n,) float64 in [0, 1].
-
-        A prompt's number does not depend on the others. Raises ArtifactError before `fit`.
-        """
-        return win_rate_of(self.predictions(prompts), tie_share=self.config.tie_share)

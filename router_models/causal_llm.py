@@ -14,7 +14,7 @@ import numpy as np
 
 from conf.errors import ArtifactError, ConfigError
 from conf.routers import CausalLLM
-from router_models.bert import VERDICTS, win_rate_of
+from router_models.bert import VERDICTS
 from router_models.fine_tuned import FineTunedRouter, Tokens
 from router_models.lightning_loop import decaying
 from router_models.packaged import dequantised_directory, file_digest, smollm2_gguf
@@ -63,13 +63,6 @@ class CausalLLMRouter(FineTunedRouter):
         """LoRA's weights under PEFT's names, float32."""
         self.base_: dict[str, str] = {}
         """Of a packaged base, its name and sha256; else empty, and the merged weights are saved."""
-
-    def win_rate(self, prompts: Sequence[str]) -> np.ndarray:
-        """Return the expected share of battles that the strong LLM wins, (n,) float64 in [0, 1].
-
-        A prompt's number does not depend on the others. Raises ArtifactError before `fit`.
-        """
-        return win_rate_of(self.predictions(prompts), tie_share=self.config.tie_share)
 
     def save(self, directory: Path) -> None:
         """Save the adapter in PEFT's format, and the tuned model too unless its base is packaged.

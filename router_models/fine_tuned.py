@@ -44,6 +44,8 @@ class Objective:
     """The logits (k,) that predict the mean target (k,): where training starts."""
     mean_loss: Callable[[np.ndarray, np.ndarray], float]
     """`loss` again, of predictions (n, k) and targets (n, k)."""
+    win_rate: Callable[[np.ndarray, Any], np.ndarray]
+    """From predictions (n, k) and the router's settings to win rates (n,)."""
 
 
 class FineTunedRouter(ABC):
@@ -97,9 +99,12 @@ class FineTunedRouter(ABC):
         self.network_, self.tokenizer_ = self._finished(network), tokenizer
         return self
 
-    @abstractmethod
     def win_rate(self, prompts: Sequence[str]) -> np.ndarray:
-        """Return the probability that the strong LLM is needed, (n,) float64 in [0, 1]."""
+        """Return the probability that the strong LLM is needed, (n,) float64 in [0, 1].
+
+        A prompt's number does not depend on the others. Raises ArtifactError before `fit`.
+        """
+        return self.objective.win_rate(self.predictions(prompts), self.config)
 
     @abstractmethod
     def save(self, directory: Path) -> None:

@@ -132,6 +132,7 @@ SHARE = Objective(
     probabilities=lambda logits: logits.sigmoid(),
     logits=_start,
     mean_loss=_mean_loss,
+    win_rate=lambda shares, config: shares[:, 0],
 )
 
 
@@ -157,13 +158,6 @@ class HybridRouter(EncoderRouter):
     kind = "hybrid"
     settings = Hybrid
     objective = SHARE
-
-    def win_rate(self, prompts: Sequence[str]) -> np.ndarray:
-        """Return the probability that the strong LLM is needed, (n,) float64 in [0, 1].
-
-        A prompt's number does not depend on the others. Raises ArtifactError before `fit`.
-        """
-        return self.predictions(prompts)[:, 0]
 
 
 def pooled(encoder: Any, ids: Any, mask: Any) -> Any:

@@ -30,7 +30,8 @@ class Relaxation:
     """The relaxation t* that spreads the labels most, its labels, and the whole curve of f."""
 
     t: float
-    """t*, in quality units: the smallest t ≥ 0 at which f attains its maximum."""
+    """t*, in quality units: the smallest t ≥ 0 at which f attains its maximum. At 0 the labels are
+    the probabilistic ones, y(0)."""
     objective: float
     """f(t*), in [0, 1/2]."""
     labels: FloatArray
@@ -42,13 +43,6 @@ class Relaxation:
     """(B,) 0 and every distinct positive gap, ascending; f is constant from one to the next."""
     values: FloatArray
     """(B,) f at each breakpoint."""
-
-    def equals_probabilistic(self) -> bool:
-        """Tell whether the labels are the probabilistic ones, y(0).
-
-        Implied by `degenerate`; also true where f just happens to be largest at t = 0.
-        """
-        return self.t == 0.0
 
     def thinned_curve(self, points: int = 500) -> tuple[FloatArray, FloatArray]:
         """Return at most ``points`` vertices (t, f) for a figure or a table, t* and ends kept."""
