@@ -1,6 +1,8 @@
 """Uncertainty of every metric: the paired bootstrap over queries.
 
-A replicate draws N of the N queries with replacement. The same draws serve every router, so the
+A replicate draws N of the N queries with replacement. Rows with the same prompt are one
+observation, not several: given their groups, G of the G groups are drawn, each with all its rows
+(the cluster bootstrap). The same draws serve every router, so the
 difference of two routers has an interval of its own, far narrower than their two intervals
 suggest. A draw is a vector of query counts, and the metrics under it are those of the weighted
 exact curve (`frontier.RankedQueries`): nothing is sorted again, and point estimate and replicates
@@ -13,7 +15,8 @@ estimate is NaN with the reason `GAP_UNSURE`. Otherwise the few NaN replicates, 
 level 0.95, are left out.
 
 Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13 (percentile
-intervals). Mann-Whitney AUC with ties: Hanley and McNeil (1982).
+intervals); Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8
+(groups). Mann-Whitney AUC with ties: Hanley and McNeil (1982).
 """
 
 from collections.abc import Iterator, Mapping
@@ -102,10 +105,12 @@ def bootstrap_metrics(
     *,
     replicates: int = REPLICATES,
     seed: int = 0,
+    groups: ArrayLike | None = None,
 ) -> Bootstrap:
     """Return every metric of `frontier.METRICS` of every router, with paired replicates.
 
-    ``win_rates`` maps a router's name to its (N,) win rates; the qualities are (N,). Raises
+    ``win_rates`` maps a router's name to its (N,) win rates; the qualities are (N,), and so are
+    the ``groups``, numbers that queries of the same prompt share (`prompt_groups`). Raises
     `DataError` for no router and for empty, non-finite or mismatched arrays.
 
     >>> weak, strong = [0, 0, 1, 1] * 5, [1] * 20
@@ -127,7 +132,8 @@ def bootstrap_metrics(
     }
     queries = len(next(iter(ranked.values())).order)
     values = {name: np.empty((len(METRICS), replicates)) for name in ranked}
-    for index, counts in enumerate(resamples(queries, replicates=replicates, seed=seed)):
+    draws = resamples(queries, replicates=replicates, seed=seed, groups=groups)
+    for index, counts in enumerate(draws):
         for name, router in ranked.items():
             values[name][:, index] = list(router.curve(counts).metrics().values())
     return Bootstrap(
@@ -136,16 +142,33 @@ def bootstrap_metrics(
     )
 
 
-def resamples(queries: int, *, replicates: int, seed: int) -> Iterator[IntArray]:
-    """Yield ``replicates`` vectors (N,) of how often each query is drawn; the same for a seed."""
+def resamples(
+    queries: int, *, replicates: int, seed: int, groups: ArrayLike | None = None
+) -> Iterator[IntArray]:
+    """Yield ``replicates`` vectors (N,) of how often each query is drawn; the same for a seed.
+
+    ``groups``: (N,) numbers; queries of one number are drawn together.
+
+    >>> [counts] = resamples(4, replicates=1, seed=0, groups=[0, 0, 1, 1])
+    >>> bool((counts[::2] == counts[1::2]).all())
+    True
+    """
     if replicates < 1:
         raise ConfigError(
             f"{replicates} bootstrap replicates were asked for; expected at least 1. Use 2000 for "
             "95 % intervals."
         )
     rng = np.random.default_rng(seed)
+    numbers = np.arange(queries) if groups is None else np.asarray(groups)
+    if len(numbers) != queries:
+        raise DataError(
+            f"There are groups of {len(numbers)} queries; expected {queries}, one number for each. "
+            "Take them from the same rows."
+        )
+    distinct, group = np.unique(numbers, return_inverse=True)
+    size = len(distinct)
     for _ in range(replicates):
-        yield np.bincount(rng.integers(0, queries, queries), minlength=queries)
+        yield np.bincount(rng.integers(0, size, size), minlength=size)[group]
 
 
 def interval(replicates: ArrayLike, *, level: float = LEVEL) -> Interval:
@@ -187,23 +210,6 @@ def mean_interval(
         for counts in resamples(size, replicates=replicates, seed=seed)
     ]
     return Estimate(float(column.mean()), interval(means, level=level))
-
-
-def gap_interval(
-    weak_quality: ArrayLike,
-    strong_quality: ArrayLike,
-    *,
-    replicates: int = REPLICATES,
-    seed: int = 0,
-    level: float = LEVEL,
-) -> Estimate:
-    """Return mean(strong) − mean(weak) with its paired interval.
-
-    >>> gap_interval([0, 0, 1], [1, 1, 1]).interval.excludes(0.0)
-    False
-    """
-    weak, strong = checked_qualities(weak_quality, strong_quality)
-    return mean_interval(strong - weak, replicates=replicates, seed=seed, level=level)
 
 
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:

@@ -23,6 +23,16 @@ def same_prompt(prompt: str) -> str:
     return " ".join(prompt.split()).casefold()
 
 
+def prompt_groups(prompts: Sequence[str]) -> np.ndarray:
+    """Return (n,) group numbers of the same prompts, from 0 in the order of their first ones.
+
+    >>> prompt_groups(["Who?", "where", " who?"]).tolist()
+    [0, 1, 0]
+    """
+    number: dict[str, int] = {}
+    return np.array([number.setdefault(same_prompt(one), len(number)) for one in prompts])
+
+
 @dataclass(frozen=True)
 class Comparisons:
     """Rows of (query, LLM a, LLM b, probability that a wins), and the pair to be routed between.

@@ -137,6 +137,7 @@ def _slice(
         found.strong[rows],
         replicates=found.replicates,
         seed=found.seed,
+        groups=found.groups[rows],
     )
     return DomainSlice(
         domain=title,

@@ -24,7 +24,7 @@ from router_models.statistics import LEVEL, Bootstrap, bootstrap_metrics
 from router_models.training_data import same_prompt
 from serving.score import win_rates_in_clean_process
 from tasks import tracking
-from tasks.evaluation import Comparison, evaluated_queries, flat
+from tasks.evaluation import Comparison, evaluated_queries, flat, groups_of
 from tasks.gate import Copies, ShuffledApgr
 from tasks.labelling import RatedQueries
 from tasks.preferences import leaks
@@ -176,6 +176,7 @@ def _shuffled_twin(training: Training, settings: RouterSettings, *, number: int)
         rows["strong_quality"].to_numpy(),
         replicates=training.evaluation.replicates,
         seed=seed,
+        groups=groups_of(rows),
     )
     tracking.log_metrics(store, twin.run_id, flat(found.estimates("shuffled")))
     return found

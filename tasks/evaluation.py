@@ -20,6 +20,7 @@ from router_models.statistics import (
     interval,
     resamples,
 )
+from router_models.training_data import prompt_groups
 from tasks import tracking
 from tasks.labelling import RatedQueries, paired_qualities
 from tasks.progress import stage
@@ -92,6 +93,7 @@ def compare_routers(
             replicates=settings.replicates,
             seed=seed,
             level=settings.confidence,
+            groups=groups_of(table),
         )
         for name in names:
             tracking.log_metrics(store, runs[name], flat(savings[name]))
@@ -143,7 +145,13 @@ def _bootstrap(
         table["strong_quality"].to_numpy(),
         replicates=settings.replicates,
         seed=seed,
+        groups=groups_of(table),
     )
+
+
+def groups_of(table: pa.Table) -> np.ndarray:
+    """Return the `prompt_groups` of a table of queries, (N,)."""
+    return prompt_groups(table["text"].to_pylist())
 
 
 def _judged(
@@ -243,6 +251,7 @@ def saved_usd_per_1000(
     replicates: int,
     seed: int,
     level: float,
+    groups: np.ndarray | None = None,
 ) -> dict[str, dict[str, Estimate]]:
     """Return, for each router, US dollars saved per 1,000 queries against all-strong.
 
@@ -253,7 +262,7 @@ def saved_usd_per_1000(
     saved: dict[str, dict[str, Estimate]] = {}
     for name, rate in win_rates.items():
         ranked = RankedQueries(rate, weak_usd, strong_usd)
-        draws = resamples(len(weak_usd), replicates=replicates, seed=seed)
+        draws = resamples(len(weak_usd), replicates=replicates, seed=seed, groups=groups)
         drawn = np.array([_saved_usd(ranked.curve(counts)) for counts in draws])
         point = _saved_usd(ranked.curve())
         saved[name] = {
@@ -306,6 +315,7 @@ def reported_metric(
         strong.mean(axis=1)[at],
         replicates=settings.replicates,
         seed=seed,
+        groups=groups_of(table),
     )
     estimates = {
         name: bootstrap.estimates(name, level=settings.confidence) for name in comparison.runs

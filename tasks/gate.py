@@ -489,6 +489,7 @@ def matched_cost_gain(
     replicates: int,
     seed: int,
     level: float,
+    groups: ArrayLike | None = None,
 ) -> Estimate:
     """Return the mean quality above random at costs 0.1 … 0.9, with its paired interval.
 
@@ -505,7 +506,7 @@ def matched_cost_gain(
         above = curve.quality_at(MATCHED_COSTS) - curve.weak_quality
         return float(np.mean(above - MATCHED_COSTS * curve.gain[-1]))
 
-    draws = resamples(len(ranked.order), replicates=replicates, seed=seed)
+    draws = resamples(len(ranked.order), replicates=replicates, seed=seed, groups=groups)
     return Estimate(gain(None), interval([gain(counts) for counts in draws], level=level))
 
 

@@ -24,7 +24,7 @@ from router_models.statistics import Estimate, bootstrap_metrics
 from serving.score import win_rates_in_clean_process
 from tasks import controls, gate, tracking
 from tasks.controls import ChampionArm, Training
-from tasks.evaluation import CONTROLS, ORACLE, Comparison
+from tasks.evaluation import CONTROLS, ORACLE, Comparison, groups_of
 from tasks.figures import arms_figure
 from tasks.gate import Check, Receipt
 from tasks.progress import stage
@@ -227,10 +227,19 @@ def _own_checks(
     weak, strong = table["weak_quality"].to_numpy(), table["strong_quality"].to_numpy()
     replicates, seed = training.evaluation.replicates, training.seed
     with stage("Judging"):
-        bootstrap = bootstrap_metrics(arms, weak, strong, replicates=replicates, seed=seed)
+        groups = groups_of(table)
+        bootstrap = bootstrap_metrics(
+            arms, weak, strong, replicates=replicates, seed=seed, groups=groups
+        )
     level = gate.two_sided_level(settings, tried)
     ahead = gate.matched_cost_gain(
-        arms["candidate"], weak, strong, replicates=replicates, seed=seed, level=level
+        arms["candidate"],
+        weak,
+        strong,
+        replicates=replicates,
+        seed=seed,
+        level=level,
+        groups=groups,
     )
     by_knn = None
     if "kNN" in arms:
@@ -376,6 +385,7 @@ def challenge(
         table["strong_quality"].to_numpy(),
         replicates=training.evaluation.replicates,
         seed=training.seed,
+        groups=groups_of(table),
     )
     nth = 1 + judged_before(store, version, comparison.test_digest)
     level = gate.promotion_level(settings, tried, nth)

@@ -19,7 +19,7 @@ from conf.llms import Pair
 from conf.load import config_digest
 from conf.schema import Evaluation, Store
 from router_models.statistics import Estimate, bootstrap_metrics
-from tasks.evaluation import CONTROLS, COST_COLUMNS, ORACLE, saved_usd_per_1000
+from tasks.evaluation import CONTROLS, COST_COLUMNS, ORACLE, groups_of, saved_usd_per_1000
 from tasks.gate import Receipt
 from tasks.judged_runs import JudgedRun, champion_run, judged_run, parent_of, receipts
 from tasks.progress import stage
@@ -67,6 +67,8 @@ class RunComparison:
     weak: np.ndarray
     strong: np.ndarray
     """(N,) mean quality of a query's responses."""
+    groups: np.ndarray
+    """(N,) numbers that queries of the same prompt share."""
     bills: tuple[np.ndarray, np.ndarray] | None
     """(N,) US dollars of one response of the weak and of the strong LLM, where they are known."""
     estimates: Mapping[str, Mapping[str, Estimate]]
@@ -203,9 +205,11 @@ def compared(
     champion = champion_run(store, first.pair.name())
     contenders = _contenders(lettered, tables, shared, champion)
     rates = {one.name: one.win_rate for one in contenders} | {CHANCE: np.full(len(weak), 0.5)}
-    replicates, level = evaluation.replicates, evaluation.confidence
+    replicates, level, groups = evaluation.replicates, evaluation.confidence, groups_of(table)
     with stage("Comparing routers"):
-        bootstrap = bootstrap_metrics(rates, weak, strong, replicates=replicates, seed=seed)
+        bootstrap = bootstrap_metrics(
+            rates, weak, strong, replicates=replicates, seed=seed, groups=groups
+        )
     estimates = {one.name: bootstrap.estimates(one.name, level=level) for one in contenders}
     ranked = sorted(contenders, key=lambda one: (one.is_reference(), -_apgr(estimates, one)))
     baselines = _baselines(ranked)
@@ -213,7 +217,9 @@ def compared(
     if set(COST_COLUMNS) <= set(table.column_names):
         bills = (table[COST_COLUMNS[0]].to_numpy(), table[COST_COLUMNS[1]].to_numpy())
         own = {one.name: one.win_rate for one in contenders}
-        saved = saved_usd_per_1000(own, *bills, replicates=replicates, seed=seed, level=level)
+        saved = saved_usd_per_1000(
+            own, *bills, replicates=replicates, seed=seed, level=level, groups=groups
+        )
     return RunComparison(
         pair=first.pair,
         metric=first.metric,
@@ -223,6 +229,7 @@ def compared(
         domain=tuple(name or "(none)" for name in table["domain"].to_pylist()),
         weak=weak,
         strong=strong,
+        groups=groups,
         bills=bills,
         estimates=estimates,
         against={

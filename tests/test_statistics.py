@@ -13,7 +13,6 @@ from router_models.statistics import (
     auc,
     auc_interval,
     bootstrap_metrics,
-    gap_interval,
     interval,
     mean_interval,
     resamples,
@@ -121,14 +120,23 @@ def test_mean_interval_agrees_with_the_normal_one() -> None:
     assert found.interval.high == pytest.approx(values.mean() + half, abs=0.03)
 
 
-def test_gap_interval_is_that_of_the_bootstrap() -> None:
-    rate, weak, strong = outcomes(100, seed=10)
-    found = gap_interval(weak, strong, replicates=200, seed=3)
-    whole = bootstrap_metrics({"r": rate}, weak, strong, replicates=200, seed=3)
-    expected = whole.estimate("r", "quality_gap")
-    assert found.interval.low == pytest.approx(expected.interval.low)
-    assert found.interval.high == pytest.approx(expected.interval.high)
-    assert found.interval.excludes(0.0)
+def test_repeated_prompts_are_one_observation() -> None:
+    rng = np.random.default_rng(5)
+    weak, rate = rng.integers(0, 2, 60).astype(float), rng.random(60)
+    once = bootstrap_metrics({"r": rate}, weak, np.ones(60), replicates=400, seed=3)
+    five = {"r": np.tile(rate, 5)}
+    found = bootstrap_metrics(
+        five, np.tile(weak, 5), np.ones(300), replicates=400, seed=3, groups=np.tile(range(60), 5)
+    )
+    assert np.array_equal(found.replicates["r"]["apgr"], once.replicates["r"]["apgr"])
+    naive = bootstrap_metrics(five, np.tile(weak, 5), np.ones(300), replicates=400, seed=3)
+    width = [each.estimate("r", "apgr").interval for each in (naive, once)]
+    assert width[0].high - width[0].low < 0.6 * (width[1].high - width[1].low)
+
+
+def test_groups_of_other_rows_are_refused() -> None:
+    with pytest.raises(DataError, match=r"groups of 3 queries; expected 2"):
+        next(resamples(2, replicates=1, seed=0, groups=[0, 1, 1]))
 
 
 @settings(max_examples=100, deadline=None)
