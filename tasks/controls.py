@@ -233,24 +233,30 @@ def duplicated_prompts(training: Training) -> tuple[Copies, int]:
     """Return the evaluated prompts that stand, exactly or nearly, in the training data of the
     router that predicts them, and how many distinct prompts are evaluated.
 
-    What early stopping watches counts as training data. Battles on evaluated prompts are left out
-    of training; there are no duplicates then.
+    What early stopping watches counts as training data. Battles on the very prompts that are
+    evaluated are left out of training; those on near copies of them are not.
     """
     labels = training.queries.labels.read()
     texts = np.array(labels["text"].to_pylist(), dtype=object)
-    group = near_copy_groups(texts.tolist())
+    fought = [] if training.battles is None else training.battles.read()["prompt"].to_pylist()
+    group = near_copy_groups([*texts, *fought])
+    group, of_battles = group[: len(texts)], group[len(texts) :]
     exact: dict[str, str] = {}
     near: dict[str, str] = {}
     evaluated: set[str] = set()
     for fold in evaluation_folds(labels, training.evaluation):
         predicted = texts[fold.predicted]
-        evaluated |= {same_prompt(text) for text in predicted}
+        hidden = {same_prompt(text) for text in predicted}
+        evaluated |= hidden
         if training.battles is None:
             learned = np.concatenate([fold.train, fold.validation])
             duplicates = leaks(texts[learned], predicted).duplicates
             exact |= {same_prompt(text): text for text in duplicates}
-            known = predicted[np.isin(group[fold.predicted], group[learned])]
-            near |= {same_prompt(text): text for text in known}
+            groups = group[learned]
+        else:
+            groups = of_battles[[same_prompt(text) not in hidden for text in fought]]
+        known = predicted[np.isin(group[fold.predicted], groups)]
+        near |= {same_prompt(text): text for text in known}
     nearly = tuple(text for normal, text in near.items() if normal not in exact)
     return Copies(tuple(exact.values()), nearly), len(evaluated)
 

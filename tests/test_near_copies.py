@@ -195,3 +195,21 @@ def test_near_copies_are_counted_and_not_bounded(tmp_path: Path, questions: list
     assert check.passed
     assert f"none of 80 prompts (0.0%); {len(copies.near)} more nearly, such as" in check.value
     assert no_duplicates(Copies(near=("a | b",)), 80, Gate()).value.count("|") == 0
+
+
+def test_battles_on_near_copies_of_evaluated_prompts_are_counted(
+    tmp_path: Path, questions: list[str]
+) -> None:
+    warehouse = Warehouse(tmp_path)
+    labels = table(questions, None, 0)
+    queries = RatedQueries(Pair(weak="small", strong="large"), warehouse.write_snapshot("l", labels))
+    tested = [row["text"] for row in labels.to_pylist() if row["split"] == "test"]
+    prompts = [*tested[:3], *(f"{text}??" for text in tested[3:8]), *questions[-20:]]
+    battles = warehouse.write_snapshot("battles", pa.table({"prompt": prompts}))
+    evaluation = Evaluation(min_test_queries=len(tested))
+    training = Training(Store(directory=tmp_path), queries, evaluation, 0, "", battles)
+    copies, evaluated = duplicated_prompts(training)
+    # Those on the very prompts are never learnt from.
+    assert (copies.exact, evaluated) == ((), len(tested))
+    assert {*copies.near} >= {*tested[3:8]}
+    assert not {*tested[:3]} & {*copies.near}
