@@ -23,6 +23,7 @@ from conf.llms import Pair
 from conf.schema import Store
 from router_models.catalog import load_router
 from router_models.packaged import file_digest
+from router_models.training_data import prompt_groups
 from serving.score import win_rates_in_clean_process
 from tasks import tracking
 from tasks.benchmark import METRIC
@@ -224,12 +225,14 @@ def logged_rows(store: Store, router: LoggedRouter) -> CalibrationRows:
         condition += "; the served form, trained on all of them, rates new ones as its folds did"
     elif not held_out:
         condition += "; it rates new ones as its folds did: a benchmark registers no router"
+    columns = (table[name].to_numpy() for name in (router.name, "weak_quality", "strong_quality"))
+    (rate, weak, strong), repeated = _once(table["text"].to_pylist(), *columns)
     return CalibrationRows(
         source=f"run {router.parent_id[:8]}",
-        win_rate=table[router.name].to_numpy(),
-        weak_quality=table["weak_quality"].to_numpy(),
-        strong_quality=table["strong_quality"].to_numpy(),
-        condition=condition,
+        win_rate=rate,
+        weak_quality=weak,
+        strong_quality=strong,
+        condition=condition + repeated,
         quality_range=router.quality_range,
     )
 
@@ -253,13 +256,29 @@ def file_rows(store: Store, router: LoggedRouter, path: Path, *, labelled: bool)
             f"{router.name} was trained on all {len(prompts)} queries of {path}. Expected queries "
             "that it has not seen. Give others, or leave --data out."
         )
+    own = [prompts[row] for row in np.flatnonzero(new)]
+    rates = win_rates(store, router, own)
+    (rate, weak, strong), repeated = _once(own, rates, weak[new], strong[new])
     return CalibrationRows(
         source=str(path),
-        win_rate=win_rates(store, router, [prompts[row] for row in np.flatnonzero(new)]),
-        weak_quality=weak[new],
-        strong_quality=strong[new],
+        win_rate=rate,
+        weak_quality=weak,
+        strong_quality=strong,
         left_out=int((~new).sum()),
+        condition=repeated.removeprefix("; "),
     )
+
+
+def _once(prompts: Sequence[str], *columns: np.ndarray) -> tuple[list[np.ndarray], str]:
+    """Return the columns with rows of the same prompt averaged, and a condition that says so.
+
+    The bounds are for independent draws; the same query ten times is one draw.
+    """
+    group = prompt_groups(prompts)
+    size = np.bincount(group)
+    means = [np.bincount(group, weights=column) / size for column in columns]
+    repeats = len(group) - len(size)
+    return means, f"; every prompt counts once ({repeats} rows repeat another)" if repeats else ""
 
 
 def win_rates(store: Store, router: LoggedRouter, prompts: Sequence[str]) -> np.ndarray:

@@ -230,6 +230,20 @@ def test_the_champion_is_calibrated_on_a_file_in_a_clean_process(
     assert found.strong_share == pytest.approx((known.win_rate >= found.threshold).mean())
 
 
+def test_repeated_prompts_promise_no_more_than_one(filled: Filled, tmp_path: Path) -> None:
+    table = pa.table(drawn_queries(200, seed=2)).rename_columns(["prompt", PAIR.weak, PAIR.strong])
+    found = []
+    for times in (1, 10):
+        path = tmp_path / f"{times}.parquet"
+        pq.write_table(pa.concat_tables([table] * times), path)
+        found.append(chosen_by(filled, max_drop=0.2, data=path))
+    once, repeated = found
+    assert repeated.queries == once.queries == 200
+    assert repeated.threshold == once.threshold
+    assert "every prompt counts once (1800 rows repeat another)" in repeated.assumption
+    assert "repeat" not in once.assumption
+
+
 def filled_training_texts(filled: Filled) -> list[str]:
     return drawn_queries(TRAINED + EVALUATED, seed=0)["text"][:TRAINED]
 

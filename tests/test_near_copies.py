@@ -202,7 +202,8 @@ def test_battles_on_near_copies_of_evaluated_prompts_are_counted(
 ) -> None:
     warehouse = Warehouse(tmp_path)
     labels = table(questions, None, 0)
-    queries = RatedQueries(Pair(weak="small", strong="large"), warehouse.write_snapshot("l", labels))
+    pair, snapshot = Pair(weak="small", strong="large"), warehouse.write_snapshot("l", labels)
+    queries = RatedQueries(pair, snapshot)
     tested = [row["text"] for row in labels.to_pylist() if row["split"] == "test"]
     prompts = [*tested[:3], *(f"{text}??" for text in tested[3:8]), *questions[-20:]]
     battles = warehouse.write_snapshot("battles", pa.table({"prompt": prompts}))
