@@ -5,6 +5,8 @@ leave-one-out errors in closed form: Rasmussen and Williams, Gaussian Processes 
 Learning (2006), equation 5.12.
 """
 
+import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
@@ -25,6 +27,8 @@ from router_models.persistence import not_fitted, read_state, settings_json, wri
 from router_models.training_data import Comparisons
 
 Progress = Callable[[int, int], None]
+
+_log = logging.getLogger(__name__)
 
 # Distances held at once: 512 × 15,000 in float64 are 60 MB.
 BLOCK = 512
@@ -87,7 +91,9 @@ class KernelRidgeRouter:
         """
         prompts, labels = _mean_by_prompt(*train.joined(validation).labels())
         if len(prompts) > self.config.max_queries:
-            kept = np.random.default_rng(seed).permutation(len(prompts))[: self.config.max_queries]
+            kept = _drawn(prompts, self.config.max_queries, seed=seed)
+            text = "%s learns from %d of %d queries: raise max_queries for more, at n³ the time."
+            _log.warning(text, self.config.name, len(kept), len(prompts))
             prompts, labels = [prompts[row] for row in kept], labels[kept]
         encoders = [
             load_encoder(name, cache=self.config.encoder_cache) for name in self.config.encoders
@@ -203,6 +209,12 @@ def _mean_by_prompt(prompts: list[str], win_rate: np.ndarray) -> tuple[list[str]
     position = {prompt: at for at, prompt in enumerate(distinct)}
     rows = np.array([position[prompt] for prompt in prompts])
     return distinct, np.bincount(rows, weights=win_rate) / np.bincount(rows)
+
+
+def _drawn(prompts: Sequence[str], count: int, *, seed: int) -> np.ndarray:
+    """Return positions of ``count`` prompts, the same ones in whatever order they come."""
+    digests = [hashlib.sha256(f"{seed} {one}".encode("utf-8", "replace")) for one in prompts]
+    return np.argsort([digest.hexdigest() for digest in digests])[:count]
 
 
 def _scales(view: np.ndarray) -> np.ndarray:

@@ -40,6 +40,8 @@ EMBEDDINGS = "embeddings"
 PREDICTIONS = "predictions.parquet"
 # On a router's run: the digest of the training it describes, which its folder is called after.
 TRAINING_TAG = "turnout.training_digest"
+# Column of queries: the text that a near copy of it counts as when queries are divided.
+COPY = "copy_of"
 
 
 @dataclass(frozen=True)
@@ -290,12 +292,14 @@ def evaluation_folds(labels: pa.Table, evaluation: Evaluation) -> list[Fold]:
     """Return one fold that predicts the test split, or, where that is small, one for each part.
 
     A query's part comes from a hash of its text, as does whether it is watched for early stopping,
-    so that equal prompts are never on both sides. Raises DataError when a part would be empty.
+    so that equal prompts are never on both sides; where the column `COPY` says of which text it is
+    a copy, of that. Raises DataError when a part would be empty.
     """
     split = np.array(labels["split"].to_pylist())
     if np.sum(split == "test") >= evaluation.min_test_queries:
         return [Fold(*(np.flatnonzero(split == name) for name in SPLITS))]
-    texts = [same_prompt(text) for text in labels["text"].to_pylist()]
+    column = COPY if COPY in labels.column_names else "text"
+    texts = [same_prompt(text) for text in labels[column].to_pylist()]
     part = _hashed(texts, f"fold {evaluation.fold_seed}") % evaluation.folds
     watched = _watched(texts)
     folds = [

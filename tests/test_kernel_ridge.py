@@ -44,10 +44,15 @@ def test_leave_one_out_errors_are_those_of_refitting(seed: int, gamma: float, ri
     assert found[1] != found[0]
 
 
-def test_of_too_many_queries_a_sample_is_learnt_from() -> None:
-    data = labelled(PROMPTS, np.where(HARD, 0.9, 0.1))
-    router = KernelRidgeRouter(QUICK.model_copy(update={"max_queries": 20})).fit(data, seed=0)
+def test_of_too_many_queries_a_sample_is_learnt_from(caplog: pytest.LogCaptureFixture) -> None:
+    few = QUICK.model_copy(update={"max_queries": 20})
+    win_rate = np.where(HARD, 0.9, 0.1)
+    router = KernelRidgeRouter(few).fit(labelled(PROMPTS, win_rate), seed=0)
     assert len(router.coefficients_) == 20
+    assert f"learns from 20 of {len(PROMPTS)} queries" in caplog.text
+    # Which ones does not depend on their order.
+    backwards = KernelRidgeRouter(few).fit(labelled(PROMPTS[::-1], win_rate[::-1]), seed=0)
+    assert backwards.win_rate(PROMPTS) == pytest.approx(router.win_rate(PROMPTS), abs=1e-9)
 
 
 def test_the_win_rate_is_the_plain_solution() -> None:
