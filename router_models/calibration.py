@@ -5,15 +5,12 @@ goes to the weak one, else 0; its mean is the quality drop against all-strong. P
 α whose drop is small *on the calibration queries* (`threshold_naive`, Hybrid LLM's choice) picks
 lucky noise as well, and breaks its promise about every other time.
 
-`ltt`: Learn then Test, arXiv 2110.01052, with fixed-sequence testing. From all-strong
-downwards, each set {win rate ≤ v} is tested for "mean loss ≥ ε"; the walk stops at the first set
-whose p-value exceeds δ. Testing every observed win rate v is the same as testing every real v,
-because nothing changes in between, so the sequence does not depend on the data. The first true
-hypothesis v† exists, since the mean loss is right-continuous in v, and to go past it its own
+`threshold_with_guarantee`: Learn then Test, arXiv 2110.01052, with fixed-sequence testing. From
+all-strong downwards, each set {win rate ≤ v} is tested for "mean loss ≥ ε"; the walk stops at the
+first set whose p-value exceeds δ. Testing every observed win rate v is the same as testing every
+real v, because nothing changes in between, so the sequence does not depend on the data. The first
+true hypothesis v† exists, since the mean loss is right-continuous in v, and to go past it its own
 p-value must be ≤ δ: P(drop > ε) ≤ δ, whatever the number of tests.
-
-`crc`: conformal risk control, arXiv 2208.02814, theorem 1: the *expected* drop is ≤ ε. It needs a
-loss that only grows with α, so gains of the weak LLM are not counted: max(strong − weak, 0).
 
 p-values of "mean ≥ ε" for losses that may be negative:
 - `betting` (arXiv 2010.09686, section 4, with its predictable plug-in bets): exact for any n, and
@@ -42,7 +39,6 @@ from router_models.frontier import checked_columns, checked_qualities
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-Method = Literal["ltt", "crc"]
 PValue = Literal["auto", "betting", "clt"]
 
 ALL_STRONG = 0.0
@@ -71,9 +67,7 @@ class Calibration:
     max_drop: float
     """ε, in quality units."""
     confidence: float | None
-    """1 − δ; None where the promise is about the expected drop, or there is none."""
-    method: str
-    """ltt, crc or naive."""
+    """1 − δ; None where nothing is promised."""
     p_value: float | None
     """Of "the drop is at least ε" at the last certified set; None where nothing was tested."""
     assumption: str
@@ -117,19 +111,17 @@ def threshold_with_guarantee(
     *,
     max_drop: float,
     confidence: float = 0.95,
-    method: Method = "ltt",
     p_value: PValue = "auto",
     quality_range: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> Calibration:
-    """Return the cheapest α with a guarantee: P(quality drop ≤ max_drop) ≥ confidence by "ltt".
+    """Return the cheapest α with a guarantee: P(quality drop ≤ max_drop) ≥ confidence.
 
     All arrays are (N,), of labelled queries that the router was not trained on; ``max_drop`` is in
-    quality units. With "crc" the expected drop is ≤ max_drop, and ``confidence`` plays no part.
-    ``quality_range`` is (lowest, highest) possible quality, from the metric's definition; left out,
-    it is taken to be [0, 1] if all qualities are in it, which `Calibration.assumption` then says,
-    and unknown otherwise. ``p_value`` "auto" is "betting" with a range and "clt" without one.
-    ``seed`` shuffles the queries for "betting".
+    quality units. ``quality_range`` is (lowest, highest) possible quality, from the metric's
+    definition; left out, it is taken to be [0, 1] if all qualities are in it, which
+    `Calibration.assumption` then says, and unknown otherwise. ``p_value`` "auto" is "betting" with
+    a range and "clt" without one. ``seed`` shuffles the queries for "betting".
 
     Raises `DataError` for bad arrays, `ConfigError` for settings out of range.
 
@@ -140,23 +132,8 @@ def threshold_with_guarantee(
     (0.9, 0.1, 0.0)
     """
     rate, gap, bound = _checked(win_rate, weak_quality, strong_quality, quality_range)
-    _check_settings(max_drop, confidence, method, p_value, bound)
+    _check_settings(max_drop, confidence, p_value, bound)
     sets = _WeakSets(rate, gap)
-    if method == "crc":
-        if bound is None:
-            raise ConfigError(
-                'Method "crc" got qualities outside [0, 1] and no range; expected the lowest and '
-                'highest possible quality. Pass quality_range, or use method "ltt".'
-            )
-        lost = np.concatenate(([0.0], np.cumsum(np.maximum(sets.gap, 0.0))))[sets.sizes]
-        certified = int(((lost + bound) / (len(rate) + 1) <= max_drop).sum())
-        return sets.calibration(
-            certified,
-            max_drop,
-            method,
-            assumption=f"exchangeable queries; {_bounded(bound, quality_range)}; "
-            "expected drop only",
-        )
     delta = 1.0 - confidence
     if bound is None or p_value == "clt":
         values = _t_test(sets, max_drop)
@@ -171,7 +148,6 @@ def threshold_with_guarantee(
     return sets.calibration(
         certified,
         max_drop,
-        method,
         confidence=confidence,
         p_value=None if last is None else float(last),
         assumption=assumption,
@@ -190,12 +166,12 @@ def threshold_naive(
     (0.9, 0.333)
     """
     rate, gap, _ = _checked(win_rate, weak_quality, strong_quality, None)
-    _check_settings(max_drop, 0.95, "ltt", "auto", None)
+    _check_settings(max_drop, 0.95, "auto", None)
     sets = _WeakSets(rate, gap)
     drop = np.concatenate(([0.0], np.cumsum(sets.gap)))[sets.sizes] / len(rate)
     cheapest = int(np.flatnonzero(drop <= max_drop)[-1])
     return sets.calibration(
-        cheapest + 1, max_drop, "naive", assumption="none: it promises nothing for new queries"
+        cheapest + 1, max_drop, assumption="none: it promises nothing for new queries"
     )
 
 
@@ -300,7 +276,6 @@ class _WeakSets:
         self,
         certified: int,
         max_drop: float,
-        method: str,
         *,
         assumption: str,
         confidence: float | None = None,
@@ -317,7 +292,6 @@ class _WeakSets:
             drop=float(self.gap[:size].sum() / queries),
             max_drop=max_drop,
             confidence=confidence,
-            method=method,
             p_value=p_value,
             assumption=assumption,
             queries=queries,
@@ -393,13 +367,9 @@ def _t_bound(loss: FloatArray, confidence: float) -> float:
 
 
 def _exact(bound: float, quality_range: tuple[float, float] | None) -> str:
-    return f"independent queries; {_bounded(bound, quality_range)} (exact for any number)"
-
-
-def _bounded(bound: float, quality_range: tuple[float, float] | None) -> str:
-    """Say what bounds the loss; a range that was read from the data is an assumption."""
+    """Say what the bound rests on; a range that was read from the data is an assumption."""
     assumed = "quality cannot leave [0, 1], so " if quality_range is None else ""
-    return f"{assumed}strong − weak ≤ {bound:g}"
+    return f"independent queries; {assumed}strong − weak ≤ {bound:g} (exact for any number)"
 
 
 def _checked(
@@ -433,11 +403,7 @@ def _check_shares(name: str, values: FloatArray) -> None:
         )
 
 
-def _check_settings(
-    max_drop: float, confidence: float, method: str, p_value: str, bound: float | None
-) -> None:
-    if method not in ("ltt", "crc"):
-        raise ConfigError(f"{unknown_name('method', method, ['ltt', 'crc'])} Choose one of them.")
+def _check_settings(max_drop: float, confidence: float, p_value: str, bound: float | None) -> None:
     if p_value not in ("auto", "betting", "clt"):
         known = unknown_name("p-value", p_value, ["auto", "betting", "clt"])
         raise ConfigError(f"{known} Choose one of them.")

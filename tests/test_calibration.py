@@ -1,6 +1,6 @@
 """Thresholds that promise something: the promise is kept over many draws, the naive one is not."""
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,24 +90,14 @@ def test_naive_choice_breaks_its_promise_about_every_other_time() -> None:
     assert broken > 0.4
 
 
-def test_conformal_risk_control_bounds_the_expected_drop() -> None:
-    rng = np.random.default_rng(4)
-    drops = []
-    for _ in range(200):
-        found = threshold_with_guarantee(*traffic(400, rng), max_drop=0.04, method="crc")
-        assert found.confidence is None
-        drops.append(true_drop(found.threshold))
-    assert 0.0 < np.mean(drops) <= 0.04
-
-
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 60), st.sampled_from(["ltt", "crc"]))
-def test_shares_and_drops_are_those_of_the_threshold(seed: int, size: int, method: Any) -> None:
+@given(st.integers(0, 10_000), st.integers(1, 60))
+def test_shares_and_drops_are_those_of_the_threshold(seed: int, size: int) -> None:
     rng = np.random.default_rng(seed)
     rate, weak, strong = traffic(size, rng)
     rate = rate.round(1)
     for found in (
-        threshold_with_guarantee(rate, weak, strong, max_drop=0.3, method=method),
+        threshold_with_guarantee(rate, weak, strong, max_drop=0.3),
         threshold_naive(rate, weak, strong, max_drop=0.3),
     ):
         to_strong = rate >= found.threshold
@@ -130,14 +120,6 @@ def test_naive_is_the_cheapest_of_all_thresholds(seed: int, size: int) -> None:
     assert threshold_naive(rate, weak, strong, max_drop=0.1).strong_share == pytest.approx(
         min(kept)
     )
-
-
-def test_conformal_choice_is_the_largest_that_meets_its_inequality() -> None:
-    rate, weak, strong = traffic(300, np.random.default_rng(5))
-    found = threshold_with_guarantee(rate, weak, strong, max_drop=0.05, method="crc")
-    loss = np.maximum(strong - weak, 0.0)
-    meets = [a for a in np.sort(rate) if ((loss * (rate < a)).sum() + 1) / 301 <= 0.05]
-    assert found.threshold == meets[-1]
 
 
 def test_too_few_queries_certify_nothing() -> None:
@@ -181,10 +163,8 @@ def test_result_says_what_it_rests_on() -> None:
 def test_a_range_that_was_only_read_from_the_data_is_an_assumption() -> None:
     # A metric from 0 to 10 whose rows happen to lie in [0, 1].
     data = traffic(400, np.random.default_rng(9))
-    methods: tuple[Literal["ltt", "crc"], ...] = ("ltt", "crc")
-    for method in methods:
-        found = threshold_with_guarantee(*data, max_drop=0.1, method=method)
-        assert "quality cannot leave [0, 1], so strong − weak ≤ 1" in found.assumption
+    found = threshold_with_guarantee(*data, max_drop=0.1)
+    assert "quality cannot leave [0, 1], so strong − weak ≤ 1" in found.assumption
     known = threshold_with_guarantee(*data, max_drop=0.1, quality_range=(0, 1))
     assert "cannot leave" not in known.assumption
     ten = threshold_with_guarantee(*data, max_drop=0.1, quality_range=(0, 10))
@@ -276,7 +256,6 @@ GOOD = ([0.2, 0.8], [0.0, 0.0], [1.0, 1.0])
         ({"max_drop": 0.0}, "drop is 0.0; expected a finite number > 0"),
         ({"max_drop": 5.0}, "no drop can exceed 1"),
         ({"max_drop": 0.1, "confidence": 95}, "confidence is 95"),
-        ({"max_drop": 0.1, "method": "lt"}, "Did you mean 'ltt'"),
         ({"max_drop": 0.1, "p_value": "bets"}, "Unknown p-value 'bets'"),
         ({"max_drop": 0.1, "quality_range": (0.5, 1.0)}, "expected a range that holds them all"),
     ],
@@ -288,8 +267,6 @@ def test_bad_settings_are_refused(options: Any, message: str) -> None:
 
 def test_unbounded_quality_is_refused_where_a_bound_is_needed() -> None:
     data = ([0.2, 0.8], [-3.0, -2.0], [-1.0, -1.0])
-    with pytest.raises(ConfigError, match="Pass quality_range, or use method"):
-        threshold_with_guarantee(*data, max_drop=0.1, method="crc")
     with pytest.raises(ConfigError, match="Pass quality_range, or use p_value"):
         threshold_with_guarantee(*data, max_drop=0.1, p_value="betting")
 
