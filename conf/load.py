@@ -230,6 +230,11 @@ def _readable(error: ValidationError, where: str) -> str:
         location = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             lines.append(f"{location}: no such setting (got {problem['input']!r})")
+        elif problem["type"] == "union_tag_invalid":
+            tag = problem["ctx"]
+            kinds = [kind.strip("'") for kind in tag["expected_tags"].split(", ")]
+            unknown = unknown_name(tag["discriminator"].strip("'"), tag["tag"], kinds)
+            lines.append(f"{location}: {unknown}")
         else:
             lines.append(f"{location}: {problem['msg']} (got {problem['input']!r})")
     return (

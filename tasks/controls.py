@@ -27,7 +27,6 @@ from tasks import tracking
 from tasks.evaluation import Comparison, evaluated_queries, flat, groups_of
 from tasks.gate import Copies, ShuffledApgr
 from tasks.labelling import RatedQueries
-from tasks.preferences import leaks
 from tasks.progress import stage
 from tasks.training import TrainedRouter, evaluation_folds, train_router
 from tasks.warehouse import Snapshot, Warehouse
@@ -250,13 +249,13 @@ def duplicated_prompts(training: Training) -> tuple[Copies, int]:
         evaluated |= hidden
         if training.battles is None:
             learned = np.concatenate([fold.train, fold.validation])
-            duplicates = leaks(texts[learned], predicted).duplicates
-            exact |= {same_prompt(text): text for text in duplicates}
+            known = {same_prompt(text) for text in texts[learned]}
+            exact |= {normal: text for text in predicted if (normal := same_prompt(text)) in known}
             groups = group[learned]
         else:
             groups = of_battles[[same_prompt(text) not in hidden for text in fought]]
-        known = predicted[np.isin(group[fold.predicted], groups)]
-        near |= {same_prompt(text): text for text in known}
+        copied = predicted[np.isin(group[fold.predicted], groups)]
+        near |= {same_prompt(text): text for text in copied}
     nearly = tuple(text for normal, text in near.items() if normal not in exact)
     return Copies(tuple(exact.values()), nearly), len(evaluated)
 

@@ -65,18 +65,6 @@ class JudgedPreferences:
     cost_usd: float
     """What all the answers that were used cost, whenever they were paid for."""
 
-    def disagreed(self) -> int:
-        """Return how many comparisons went to the place, not to the answer."""
-        return self.left_out.get(DISAGREED, 0)
-
-    def unparseable(self) -> int:
-        """Return in how many comparisons an answer of the judge was no single verdict."""
-        return self.left_out.get(NO_VERDICT, 0) + self.left_out.get(SEVERAL_VERDICTS, 0)
-
-    def failed(self) -> int:
-        """Return how many comparisons lack an answer of the judge."""
-        return self.left_out.get(FAILED, 0)
-
 
 def judge_answers(
     warehouse: Warehouse,

@@ -10,7 +10,7 @@ A long file: the sources, what each gives and what is left out of it are read to
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ from tasks.training import SPLITS, evaluation_folds
 from tasks.warehouse import Snapshot, Warehouse
 
 HELD_OUT = "on a query that is held out"
+EQUAL_ANSWERS = "equal answers, ties for which no judge is asked"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class SourceCount:
     source: str
     battles: int
     left_out: Mapping[str, int]
+    remarks: Mapping[str, int] = field(default_factory=dict)
+    """What else was not used, such as columns that are not read."""
     billed_usd: float = 0.0
     """Spent on a judge this time."""
     lost_usd: float = 0.0
@@ -113,6 +116,7 @@ class CollectedPreferences:
                 "of the pair": f"{count.own:,}",
                 "strong wins": f"{count.strong_wins:.0%}" if count.own else "",
                 "left out": "; ".join(f"{n:,} {why}" for why, n in count.left_out.items()),
+                "remarks": "; ".join(f"{what}: {n:,}" for what, n in count.remarks.items()),
                 "USD": f"{count.cost_usd:.4f}",
                 "answers without a verdict": " / ".join(count.examples),
             }
@@ -258,6 +262,7 @@ def _judged(
         source="judge",
         battles=found.snapshot.rows,
         left_out=found.left_out,
+        remarks={EQUAL_ANSWERS: found.identical} if found.identical else {},
         billed_usd=found.billed_usd,
         lost_usd=found.lost_usd,
         cost_usd=found.cost_usd,
@@ -277,7 +282,9 @@ def _ingested(
         queries = _learnt_queries(warehouse, own)
         found = response_preferences(queries, own.scores, llms, own.metric)
     warehouse.ingest("preferences", found.rows)
-    return found.rows, SourceCount(source.kind, found.rows.num_rows, found.left_out)
+    return found.rows, SourceCount(
+        source.kind, found.rows.num_rows, found.left_out, remarks=found.remarks
+    )
 
 
 def _answering(scores: Snapshot) -> tuple[str, ...]:

@@ -27,11 +27,12 @@ from tasks.preferences import (
     AGAINST_ITSELF,
     CONTAMINATED,
     VERDICTS,
+    WITHOUT_NAME,
     Preferences,
     Source,
     battle,
-    battle_table,
     contaminated_prompts,
+    counted_battles,
     readable,
 )
 from tasks.warehouse import Snapshot
@@ -86,13 +87,15 @@ def arena_preferences(path: str, *, source: Source = "arena") -> Preferences:
         verdict = _verdict(dict(zip(judged, said, strict=True)), row)
         if not text.strip():
             left_out["no text in the first turn"] += 1
+        elif not (_name(a) and _name(b)):
+            left_out[WITHOUT_NAME] += 1
         elif a == b:
             left_out[AGAINST_ITSELF] += 1
         elif equal and verdict != "tie":
             left_out["a winner between equal responses"] += 1
         else:
             records.append(battle(str(battle_id), text, str(a), str(b), VERDICTS[verdict]))
-    return Preferences(battle_table(records, source=source, dataset=path), left_out)
+    return counted_battles(records, left_out, source=source, dataset=path)
 
 
 def gold_preferences(path: Path, *, contaminated: Path | None = None) -> Preferences:
@@ -145,8 +148,8 @@ def gold_preferences(path: Path, *, contaminated: Path | None = None) -> Prefere
     # Of one file alone, the folder's list is about the others too.
     if (absent := list(unmet.values()).count(False)) and (contaminated or path.is_dir()):
         remarks[f"prompts of {listed.name} that no row has"] = absent
-    rows = battle_table(records, source="gold", dataset=str(path))
-    return Preferences(rows, left_out, remarks)
+    dataset = str(path)
+    return counted_battles(records, left_out, source="gold", dataset=dataset, remarks=remarks)
 
 
 def named_first(names: Sequence[str], *, most: int = 3) -> str:
@@ -164,42 +167,73 @@ def alpaca_preferences(path: Path, *, llms: Sequence[str] = ()) -> Preferences:
     path: a folder with queries.parquet (query_id, prompt) and preferences.parquet (query_id,
     model, win_prob). llms: also the battles between each two of these, which follow from both
     judgements on one query: the odds of a against b are those of a against the reference, divided
-    by those of b (Bradley-Terry).
+    by those of b (Bradley-Terry). Judgements without a prompt or an LLM's name are left out.
     """
-    queries = _parquet(path / "queries.parquet", ("query_id", "prompt"))
+    prompts = _alpaca_prompts(path / "queries.parquet")
     judged = _parquet(path / "preferences.parquet", ("query_id", "model", "win_prob"))
-    prompts = dict(zip(queries["query_id"], queries["prompt"], strict=True))
-    if unknown := set(judged["query_id"]) - set(prompts):
+    if unknown := judged["query_id"][~judged["query_id"].isin(list(prompts))].tolist():
         raise DataError(
-            f"{len(unknown)} queries of {path / 'preferences.parquet'}, such as {min(unknown)!r}, "
-            "are not in queries.parquet. Expected a prompt for each. Complete the file."
+            f"{len(set(unknown))} queries of {path / 'preferences.parquet'}, such as "
+            f"{unknown[0]!r}, are not in queries.parquet. Expected a prompt for each. Complete the "
+            "file."
         )
-    bad = judged[~judged["win_prob"].between(0, 1)]
-    if len(bad):
-        raise DataError(
-            f"{len(bad)} judgements, the first of {bad['model'].iloc[0]!r}, have a win_prob of "
-            f"{bad['win_prob'].iloc[0]}. Expected a probability in [0, 1]. Correct or drop them."
-        )
+    judged["model"] = [_name(llm) for llm in judged["model"]]
+    judged["prompt"] = judged["query_id"].map(prompts)
+    left_out = Counter[str]()
+    for reason, column, value in (
+        ("a query without a prompt", "prompt", ""),
+        (WITHOUT_NAME, "model", ""),
+        (AGAINST_ITSELF, "model", ALPACA_REFERENCE),
+    ):
+        left_out[reason] = int((judged[column] == value).sum())
+        judged = judged[judged[column] != value]
+    _check_shares(judged, path / "preferences.parquet")
     known = {*judged["model"], ALPACA_REFERENCE}
     for llm in llms:
         if llm not in known:
             raise DataError(unknown_name("LLM", llm, known) + " Choose LLMs that were judged.")
-    left_out = Counter({AGAINST_ITSELF: int((judged["model"] == ALPACA_REFERENCE).sum())})
-    judged = judged[judged["model"] != ALPACA_REFERENCE]
     triples = zip(judged["query_id"], judged["model"], judged["win_prob"], strict=True)
     records = [
-        battle(str(query), readable(prompts[query]), model, ALPACA_REFERENCE, win_prob)
+        battle(str(query), prompts[query], model, ALPACA_REFERENCE, win_prob)
         for query, model, win_prob in triples
     ]
-    by_llm = {llm: rows.set_index("query_id")["win_prob"] for llm, rows in judged.groupby("model")}
+    by_llm = {  # one share for each query, however often it was judged
+        llm: rows.groupby("query_id", sort=False)["win_prob"].mean()
+        for llm, rows in judged.groupby("model")
+    }
     for a, b in combinations([llm for llm in llms if llm != ALPACA_REFERENCE], 2):
         first, second = by_llm[a].align(by_llm[b], join="inner")
         odds_a, odds_b = (_odds(side.to_numpy()) for side in (first, second))
         records += [
-            battle(str(query), readable(prompts[query]), a, b, float(share))
+            battle(str(query), prompts[query], a, b, float(share))
             for query, share in zip(first.index, odds_a / (odds_a + odds_b), strict=True)
         ]
-    return Preferences(battle_table(records, source="judge", dataset=str(path)), +left_out)
+    return counted_battles(records, left_out, source="judge", dataset=str(path))
+
+
+def _alpaca_prompts(file: Path) -> dict[Any, str]:
+    """Return each query's prompt, empty where there is no text; raises DataError for two."""
+    queries = _parquet(file, ("query_id", "prompt")).dropna(subset="query_id")
+    texts = [readable(text) if isinstance(text, str) else "" for text in queries["prompt"]]
+    texts = [text if text.strip() else "" for text in texts]
+    queries = queries[["query_id"]].assign(prompt=texts).drop_duplicates()
+    if twice := queries["query_id"][queries["query_id"].duplicated()].tolist():
+        raise DataError(
+            f"{file} has different prompts for the query_id {twice[0]!r}. Expected one for each. "
+            "Correct or drop the others."
+        )
+    return dict(zip(queries["query_id"], queries["prompt"], strict=True))
+
+
+def _check_shares(judged: pd.DataFrame, file: Path) -> None:
+    shares = judged["win_prob"]
+    numbers = shares if pd.api.types.is_numeric_dtype(shares) else pd.Series(np.nan, shares.index)
+    if len(bad := judged[~numbers.astype(float).between(0, 1)]):
+        raise DataError(
+            f"{len(bad)} judgements of {file}, the first of {bad['model'].tolist()[0]!r}, have a "
+            f"win_prob of {bad['win_prob'].tolist()[0]!r}. Expected a number in [0, 1], the "
+            "probability of a win. Correct or drop them."
+        )
 
 
 def response_preferences(
@@ -230,8 +264,7 @@ def response_preferences(
             record |= {"a_quality": a_quality, "b_quality": b_quality, "domain": query["domain"]}
             records.append(record)
     reasons = {"a sample without a score": left_out} if left_out else {}
-    dataset = f"scores {metric}"
-    return Preferences(battle_table(records, source="responses", dataset=dataset), reasons)
+    return counted_battles(records, reasons, source="responses", dataset=f"scores {metric}")
 
 
 def win_probability(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -306,6 +339,11 @@ def _equal_responses(table: pa.Table) -> list[bool]:
     return equal
 
 
+def _name(llm: Any) -> str:
+    """Return an LLM's name, empty where there is none; numbers are names too."""
+    return "" if pd.isna(llm) is True or not str(llm).strip() else str(llm)
+
+
 def _first_turn(prompt: object) -> str:
     """Return a conversation's first turn; an empty text where it has none."""
     turns = prompt
@@ -372,7 +410,7 @@ def _correctness(file: Path) -> tuple[pd.DataFrame, list[str], list[str]]:
         bad = np.flatnonzero(~right[llm].between(0, 1))
         if len(bad):
             raise DataError(
-                f"Line {_line(file, bad[0])} of {file} has {frame[llm].iloc[bad[0]]!r} for "
+                f"Line {_line(file, bad[0])} of {file} has {frame[llm].tolist()[bad[0]]!r} for "
                 f"{llm!r}. Expected True, False or a score in [0, 1]. Correct the row, or drop the "
                 "column if it is no LLM's."
             )

@@ -9,8 +9,9 @@ A long file: the table, what follows from it and its checks are read, and change
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,8 @@ VERDICTS = {"a": 1.0, "tie": 0.5, "b": 0.0}
 CONTAMINATED = "contaminated_prompts.jsonl"
 # Reasons for leaving rows out, which more than one source has.
 AGAINST_ITSELF = "an LLM against itself"
+WITHOUT_NAME = "an LLM without a name"
+REPEATED = "merged with an identical battle"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +84,20 @@ def battle_table(records: list[dict[str, Any]], *, source: Source, dataset: str)
         content = json.dumps([record.get(name) for name in SCHEMA.names[1:]], ensure_ascii=False)
         record["preference_key"] = hashlib.sha256(content.encode()).hexdigest()[:24]
     return distinct_battles(pa.Table.from_pylist(records, schema=SCHEMA))
+
+
+def counted_battles(
+    records: list[dict[str, Any]],
+    left_out: Mapping[str, int],
+    *,
+    source: Source,
+    dataset: str,
+    remarks: Mapping[str, int] | None = None,
+) -> Preferences:
+    """Return `battle_table` with what was left out, of which identical battles are a part."""
+    rows = battle_table(records, source=source, dataset=dataset)
+    repeated = Counter({REPEATED: len(records) - rows.num_rows})
+    return Preferences(rows, Counter(left_out) + repeated, remarks or {})
 
 
 def distinct_battles(rows: pa.Table) -> pa.Table:
@@ -133,21 +150,11 @@ def comparisons(rows: pa.Table, *, weak: str, strong: str) -> Comparisons:
     )
 
 
-def tiered(data: Comparisons, *, weak: str, strong: str, tiers: int = 10) -> Comparisons:
-    """Return the battles between the two LLMs' tiers as battles of the two themselves.
-
-    Two given LLMs rarely meet in arena data; LLMs about as strong as either stand in for them.
-    Raises DataError when the tiers never met.
-    """
-    kept, a, b = _stand_ins(replace(data, weak=weak, strong=strong), tiers)
-    taken = replace(data, weak_quality=None, strong_quality=None).take(kept)
-    return replace(taken, llm_a=a, llm_b=b, weak=weak, strong=strong)
-
-
 def pair_battles(rows: pa.Table, *, weak: str, strong: str, tiers: int | None = 10) -> pa.Table:
     """Return the battles of the pair as rows like SCHEMA, those of their tiers under their names.
 
-    tiers: as in `tiered`; None for no stand-ins. The qualities stay with the pair's own battles.
+    Two given LLMs rarely meet in arena data; LLMs about as strong as either stand in for them.
+    tiers: how many; None for no stand-ins. The qualities stay with the pair's own battles.
     Raises DataError when the pair, or its tiers, never met.
     """
     kept, a, b = _stand_ins(comparisons(rows, weak=weak, strong=strong), tiers)
@@ -183,39 +190,6 @@ def _stand_ins(
         tuple(stands_for[a[row]] for row in rows),
         tuple(stands_for[b[row]] for row in rows),
     )
-
-
-@dataclass(frozen=True)
-class Leaks:
-    """Training prompts that must not be trained on, each once, as they stand in the test data."""
-
-    duplicates: tuple[str, ...]
-    contaminated: tuple[str, ...]
-
-
-def leaks(train: Iterable[str], test: Iterable[str], *, contaminated: Iterable[str] = ()) -> Leaks:
-    """Return the prompts of ``train`` that are in ``test`` or listed as contaminated.
-
-    Case and white space make no difference.
-    """
-    seen = {same_prompt(prompt) for prompt in train}
-
-    def found(prompts: Iterable[str]) -> tuple[str, ...]:
-        distinct = {same_prompt(prompt): prompt for prompt in prompts}
-        return tuple(prompt for normal, prompt in distinct.items() if normal in seen)
-
-    return Leaks(found(test), found(contaminated))
-
-
-def without_prompts(data: Comparisons, prompts: Iterable[str]) -> Comparisons:
-    """Return the battles on other prompts; raises DataError when none is left."""
-    rows = other_prompts(data.prompts, prompts)
-    if not len(rows):
-        raise DataError(
-            f"All {len(data.prompts)} training prompts are in the test data. Expected some of its "
-            "own. Add training data, or split the queries."
-        )
-    return data.take(rows)
 
 
 def other_prompts(prompts: Sequence[str], refused: Iterable[str]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ from scripted_llm import ScriptedLLM
 
 from conf.errors import BudgetError, ConfigError, DataError
 from conf.llms import Generation, Pair
+from conf.load import load_experiment
 from conf.preferences import Preferences
+from flows.terminal import show_preferences
+from tasks.benchmark import PreferenceReport
+from tasks.gate import Receipt
 from tasks.preference_collection import (
     HELD_OUT,
     CollectedPreferences,
@@ -21,6 +26,7 @@ from tasks.preference_collection import (
 )
 from tasks.preferences import AGAINST_ITSELF, SCHEMA, comparisons
 from tasks.queries import SCHEMA as QUERY_SCHEMA
+from tasks.reporting import battles_page
 from tasks.warehouse import Warehouse
 
 PAIR = Pair(weak="small", strong="large")
@@ -209,6 +215,47 @@ def test_all_sources_are_united_and_counted(warehouse: Warehouse, tmp_path: Path
     row = found.rows()[0]
     assert (row["source"], row["battles"]) == ("arena", "3")
     assert row["left out"] == f"1 {AGAINST_ITSELF}; 1 {HELD_OUT}"
+
+
+def test_what_a_source_ignored_is_said(
+    warehouse: Warehouse, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gold.csv").write_text("prompt,small,large,[note]\nq,1,0,why\nr,0,1,so\n")
+    listed = {"eval_prompt": "never asked"}
+    (tmp_path / "contaminated_prompts.jsonl").write_text(json.dumps(listed))
+    path = arena_file(tmp_path / "arena.jsonl", [ARENA[0]])
+    (tmp_path / "arena.jsonl").write_text(Path(path).read_text() * 3)
+    sources = [{"kind": "gold", "path": str(tmp_path)}, {"kind": "arena", "path": path}]
+    found = collect(warehouse, {"sources": sources, "names": NAMES})
+    remarks = (
+        "ignored columns ([note]): 1; prompts of contaminated_prompts.jsonl that no row has: 1"
+    )
+    merged = "2 merged with an identical battle"
+    assert [row["remarks"] for row in found.rows()] == [remarks, ""]
+    assert [row["left out"] for row in found.rows()] == ["", merged]
+    assert found.metrics()["battles_arena_left_out"] == 2
+    page = battles_page(found, PAIR)
+    assert remarks in page
+    assert merged in page
+    receipt = Receipt("small--large", "1", "knn", "correct", "abc", 2, checks=())
+    report = PreferenceReport("run", found, {}, receipt)
+    show_preferences(load_experiment("routellm_paper"), report)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"gold, remarks: {remarks}" in said
+    assert f"arena, left out: {merged}" in said
+
+
+def test_equal_answers_are_counted_with_the_judges_battles(warehouse: Warehouse) -> None:
+    run = run_data(warehouse)
+    texts = run.responses.read()
+    same = texts.set_column(
+        texts.schema.get_field_index("text"), "text", pa.array(["same"] * texts.num_rows)
+    )
+    run = replace(run, responses=warehouse.write_snapshot("responses", same))
+    judge = judging("http://127.0.0.1:9/v1")  # nobody is asked
+    settings = {"sources": [{"kind": "judge"}, {"kind": "responses"}], "judge": judge}
+    row = collect(warehouse, settings, run=run).rows()[0]
+    assert row["remarks"] == "equal answers, ties for which no judge is asked: 3"
 
 
 def test_sources_that_need_a_run_say_so(warehouse: Warehouse) -> None:

@@ -23,7 +23,7 @@ from tasks.preference_sources import (
     response_preferences,
     win_probability,
 )
-from tasks.preferences import SCHEMA, comparisons, contaminated_prompts, tiered
+from tasks.preferences import SCHEMA, comparisons, contaminated_prompts, pair_battles
 from tasks.warehouse import Snapshot, Warehouse
 
 ROOT = Path(__file__).parent.parent
@@ -125,15 +125,24 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
         arena_row("[]"),
         arena_row('["x"]', model_b="gpt-4"),
         arena_row('["half \\ud83e"]', id=2),
+        arena_row('["of whom?"]', model_a=None),
+        arena_row('["by whom?"]', model_b=" "),
     ]
-    found = arena_preferences(arena_file(tmp_path / "train.csv", rows))
-    assert found.rows["prompt"].to_pylist() == ["fine", "half ?"]
-    assert found.left_out == {"no text in the first turn": 3, "an LLM against itself": 1}
+    for suffix in ("csv", "jsonl"):
+        found = arena_preferences(arena_file(tmp_path / f"train.{suffix}", rows))
+        assert found.rows["prompt"].to_pylist() == ["fine", "half ?"]
+        assert found.left_out == {
+            "no text in the first turn": 3,
+            "an LLM against itself": 1,
+            "an LLM without a name": 2,
+        }
 
 
 def test_the_same_battle_counts_once_and_another_of_the_same_prompt_counts(tmp_path: Path) -> None:
     rows = [arena_row('["q"]', id=1), arena_row('["q"]', id=1), arena_row('["q"]', id=2)]
-    assert arena_preferences(arena_file(tmp_path / "train.jsonl", rows)).rows.num_rows == 2
+    found = arena_preferences(arena_file(tmp_path / "train.jsonl", rows))
+    assert found.rows.num_rows == 2
+    assert found.left_out == {"merged with an identical battle": 1}
 
 
 def test_bad_arena_data_are_explained(tmp_path: Path) -> None:
@@ -211,7 +220,8 @@ def test_contaminated_prompts_are_left_out_and_counted(tmp_path: Path) -> None:
         ("question,a,b\nq,True,False\n", r"columns question, a, b\. Expected prompt"),
         ("prompt,a\nq,True\n", r"at least two LLMs"),
         ("prompt,a,b\nq,True,False\nr,,True\n", r"Line 3 of .* has nan for 'a'"),
-        ("prompt,a,b\nq,1,7\n", r"Line 2 of .* has .*7.* for 'b'.*score in \[0, 1\]"),
+        ("prompt,a,b\nq,1,7\n", r"Line 2 of .* has 7 for 'b'.*score in \[0, 1\]"),
+        ("prompt,a,b\nq,1,inf\n", r"Line 2 of .* has inf for 'b'"),
         ("prompt,a,b\n,True,False\n", r"Line 2 of .* has no prompt"),
         ('prompt,a,b\n"q\nr",1,0\n\n"  ",1,0\n', r"Line 5 of .* has no prompt"),
         ("prompt,a,b,c\nq,1,0,1\nr,True,0,N/A\ns,1,1,no\n", r"Line 3 of .*\.csv has 'N/A' for 'c'"),
@@ -261,9 +271,9 @@ def test_other_bad_gold_input_is_explained(tmp_path: Path) -> None:
         gold_preferences(tmp_path)
 
 
-def alpaca_folder(folder: Path, judged: dict[str, list[Any]]) -> Path:
+def alpaca_folder(folder: Path, judged: dict[str, list[Any]], **changes: list[Any]) -> Path:
     queries = {"query_id": [1, 2], "prompt": ["one", "two"]}
-    pd.DataFrame(queries).to_parquet(folder / "queries.parquet")
+    pd.DataFrame(queries | changes).to_parquet(folder / "queries.parquet")
     pd.DataFrame(judged).to_parquet(folder / "preferences.parquet")
     return folder
 
@@ -285,12 +295,46 @@ def test_judgements_against_a_reference_and_between_others(tmp_path: Path) -> No
     assert derived[0]["a_wins"] == pytest.approx(1.5 / (1.5 + 0.25))
 
 
+def test_judgements_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
+    judged: dict[str, list[Any]] = {
+        "query_id": [1, 2, 3, 1, 1],
+        "model": ["x", "x", "x", None, " "],
+        "win_prob": [0.6, 0.5, 0.2, 0.5, None],
+    }
+    folder = alpaca_folder(
+        tmp_path, judged, query_id=[1, 2, 3, 1], prompt=["one", None, " ", "one"]
+    )
+    found = alpaca_preferences(folder)
+    assert found.rows["prompt"].to_pylist() == ["one"]
+    assert found.left_out == {"a query without a prompt": 2, "an LLM without a name": 2}
+
+
+def test_what_is_judged_twice_counts_by_its_mean_between_two_others(tmp_path: Path) -> None:
+    judged: dict[str, list[Any]] = {
+        "query_id": [1, 1, 1, 1, 1],
+        "model": ["x", "x", "x", "y", "y"],
+        "win_prob": [0.6, 0.4, 0.4, 0.5, 0.5],
+    }
+    found = alpaca_preferences(alpaca_folder(tmp_path, judged | {"query_id": [2] * 5}))
+    assert found.rows["a_wins"].to_pylist() == [0.6, 0.4, 0.5]
+    assert found.left_out == {"merged with an identical battle": 2}
+    judged["win_prob"] = [0.6, 0.4, 0.5, 0.2, 0.2]
+    derived = alpaca_preferences(alpaca_folder(tmp_path, judged), llms=["x", "y"]).rows
+    assert derived["a_wins"].to_pylist()[-1] == pytest.approx(1 / (1 + 0.25))
+
+
 def test_bad_judgements_are_explained(tmp_path: Path) -> None:
     good: dict[str, list[Any]] = {"query_id": [1], "model": ["x"], "win_prob": [0.5]}
     with pytest.raises(DataError, match=r"'x', have a win_prob of 1\.5"):
         alpaca_preferences(alpaca_folder(tmp_path, good | {"win_prob": [1.5]}))
     with pytest.raises(DataError, match="have a win_prob of nan"):
         alpaca_preferences(alpaca_folder(tmp_path, good | {"win_prob": [float("nan")]}))
+    with pytest.raises(DataError, match=r"'x', have a win_prob of 'high'\. Expected a number in"):
+        alpaca_preferences(alpaca_folder(tmp_path, good | {"win_prob": ["high"]}))
+    with pytest.raises(DataError, match=r"different prompts for the query_id 2\. Expected one for"):
+        alpaca_preferences(
+            alpaca_folder(tmp_path, good, query_id=[1, 2, 2], prompt=["one", "two", "three"])
+        )
     with pytest.raises(DataError, match=r"such as 9, are not in queries\.parquet"):
         alpaca_preferences(alpaca_folder(tmp_path, good | {"query_id": [9]}))
     with pytest.raises(DataError, match="win_prob is missing"):
@@ -334,8 +378,10 @@ def test_mmlu_rows_become_comparisons() -> None:
 def test_alpaca_judgements_become_comparisons() -> None:
     rows = alpaca_preferences(SHARED / "data" / "alpaca_eval").rows
     assert len(set(rows["llm_a"].to_pylist())) >= 54
-    data = comparisons(rows, weak="claude-instant-1.2", strong=ALPACA_REFERENCE)
-    grouped = tiered(data, weak="claude-instant-1.2", strong=ALPACA_REFERENCE)
+    weak, strong = "claude-instant-1.2", ALPACA_REFERENCE
+    data = comparisons(rows, weak=weak, strong=strong)
+    battles = pair_battles(rows, weak=weak, strong=strong)
+    grouped = comparisons(battles, weak=weak, strong=strong)
     assert len(grouped.prompts) > len(data.labels()[0])
     assert grouped.labels()[1].mean() > 0.5
 

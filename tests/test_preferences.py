@@ -12,10 +12,8 @@ from tasks.preferences import (
     SCHEMA,
     comparisons,
     contaminated_prompts,
-    leaks,
+    other_prompts,
     pair_battles,
-    tiered,
-    without_prompts,
 )
 
 
@@ -67,9 +65,18 @@ def arena_like(count: int = 900) -> Comparisons:
     )
 
 
+def as_rows(data: Comparisons, **qualities: list[float | None]) -> pa.Table:
+    columns = {"prompt": data.prompts, "llm_a": data.llm_a, "llm_b": data.llm_b}
+    lists = {**columns, "a_wins": data.a_wins.tolist(), **qualities}
+    empty = [None] * len(data.prompts)
+    return pa.table({name: lists.get(name, empty) for name in SCHEMA.names}, schema=SCHEMA)
+
+
 def test_tiers_stand_in_for_the_routed_pair() -> None:
     data = arena_like()
-    found = tiered(data, weak="w", strong="s", tiers=3)
+    rows = pair_battles(as_rows(data), weak="w", strong="s", tiers=3)
+    assert rows.schema == SCHEMA
+    found = comparisons(rows, weak="w", strong="s")
     sides = {"s": {"s", "s2"}, "w": {"w", "w2"}}
     expected = [
         row
@@ -88,49 +95,20 @@ def test_tiers_stand_in_for_the_routed_pair() -> None:
 
 def test_with_a_tier_each_only_the_pairs_own_battles_remain() -> None:
     data = arena_like()
-    assert tiered(data, weak="w", strong="s").prompts == tuple(data.labels()[0])
+    found = pair_battles(as_rows(data), weak="w", strong="s")
+    assert found["prompt"].to_pylist() == list(data.labels()[0])
 
 
 def test_tiers_that_never_met_are_refused() -> None:
     rows = (("s", "m", 1.0), ("m", "w", 1.0), ("m", "s", 1.0), ("w", "m", 1.0))
-    data = comparisons(preference_rows(*rows, ("s", "m", 0.0)), weak="w", strong="s")
     with pytest.raises(DataError, match=r"No battle among 5 is between the tiers of 's' and 'w'"):
-        tiered(data, weak="w", strong="s")
-
-
-def test_leaks_are_found_whatever_the_spelling() -> None:
-    found = leaks(
-        ["One  question?", "two", "three"], ["one question?", "four"], contaminated=["TWO"]
-    )
-    assert found.duplicates == ("one question?",)
-    assert found.contaminated == ("TWO",)
+        pair_battles(preference_rows(*rows, ("s", "m", 0.0)), weak="w", strong="s")
 
 
 def test_leaking_prompts_can_be_dropped() -> None:
-    data = arena_like(10)
-    assert without_prompts(data, ["Q3", " q4 "]).prompts == tuple(
-        f"q{row}" for row in range(10) if row not in (3, 4)
-    )
-    with pytest.raises(DataError, match="All 10 training prompts are in the test data"):
-        without_prompts(data, data.prompts)
-
-
-def as_rows(data: Comparisons, **qualities: list[float | None]) -> pa.Table:
-    columns = {"prompt": data.prompts, "llm_a": data.llm_a, "llm_b": data.llm_b}
-    lists = {**columns, "a_wins": data.a_wins.tolist(), **qualities}
-    empty = [None] * len(data.prompts)
-    return pa.table({name: lists.get(name, empty) for name in SCHEMA.names}, schema=SCHEMA)
-
-
-def test_the_pairs_table_holds_what_tiering_holds() -> None:
-    data = arena_like()
-    found = pair_battles(as_rows(data), weak="w", strong="s", tiers=3)
-    expected = tiered(data, weak="w", strong="s", tiers=3)
-    assert found.schema == SCHEMA
-    for column in ("llm_a", "llm_b"):
-        assert tuple(found[column].to_pylist()) == getattr(expected, column)
-    assert tuple(found["prompt"].to_pylist()) == expected.prompts
-    assert found["a_wins"].to_pylist() == expected.a_wins.tolist()
+    prompts = arena_like(6).prompts
+    assert other_prompts(prompts, ["Q3", " q4 "]).tolist() == [0, 1, 2, 5]
+    assert other_prompts(prompts, prompts).tolist() == []
 
 
 def test_qualities_stay_with_the_pairs_own_battles() -> None:

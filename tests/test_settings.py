@@ -109,6 +109,8 @@ def test_digest_follows_the_settings() -> None:
         ("llms.smol.model=x", "Did you mean 'smollm2'"),
         ("pairs=[]", "pairs is empty"),
         ("routers=[]", "Expected at least one"),
+        ("routers=[{router: mff}]", r"routers\.0: Unknown router 'mff'\. Did you mean 'mf'\?"),
+        ("quality.metrics.0.metric=bart", "Unknown metric 'bart'. Did you mean 'bartscore'"),
         ("llms.smollm2.endpoint={kind: openai}", "has no url"),
         ("llms.smollm2.endpoint={kind: embedded}", "has no weights"),
         ("llms.smollm2.endpoint={url: 'localhost:8000'}", "url is 'localhost:8000'.*Correct"),
