@@ -20,8 +20,9 @@ install: .venv/.installed  ## install the locked versions into .venv
 run: install  ## run the main job: queries to a promoted router, on two small LLMs on this machine
 	$(BIN)/turnout run
 
+# Two workers, which take whole files in conftest.py's order.
 test: install  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: install  ## check style, types and the direction of imports
 	$(BIN)/ruff check .

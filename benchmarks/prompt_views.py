@@ -9,7 +9,8 @@ rows, so a figure on them might flatter. Three answers are printed beside each o
 - every candidate, with its paired difference to the packaged settings, by interval;
 - `chosen inside`: for each division, the candidate with the least leave-one-out error on the
   training part alone (split into blocks, so that the choice costs seconds), trained on all of that
-  part and judged on the rest. This figure has not seen its test rows in any way;
+  part and judged on the rest. The choice has not seen its test rows; the list of candidates comes
+  of work on other divisions of these rows;
 - AlpacaEval (--alpaca), on which nothing was chosen: five-fold, two pairs of LLMs, judged quality
   in [0, 1], beside the other routers.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from conf.errors import TurnoutError
 from flows.commands import (
+    add_llm_command,
     benchmark_command,
     calibrate_command,
     compare_command,
@@ -119,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
         help="lowest and highest quality there can be, such as 0 10 (default: as the metric says)",
     )
     command("retrain", "run the chain as it is deployed: promote or reject", retrain_command)
+    _add_llm(command)
     version = argparse.ArgumentParser(add_help=False)
     version.add_argument("version", metavar="VERSION", help="number of a registered version")
     promote = command("promote", "make a version the champion", promote_command, version)
@@ -131,6 +133,20 @@ def parser() -> argparse.ArgumentParser:
     _add_tables(command)
     _add_benchmark(commands)
     return top
+
+
+def _add_llm(command: "Callable[..., argparse.ArgumentParser]") -> None:
+    name = argparse.ArgumentParser(add_help=False)
+    name.add_argument("llm", metavar="NAME", help="the new LLM, as it is called under llms")
+    does = "teach the pool one more LLM, without training it again"
+    sub = command("add-llm", does, add_llm_command, name)
+    sub.description = (
+        "Teach the champion of the experiment's pool, an mf, one more LLM. List the LLM under llms "
+        "first. It is asked all queries, its answers are scored, and how good it is on which "
+        "queries is learnt from how they compare with the others'. What the champion knows of the "
+        "others does not change. The result is a new version, judged and promoted as after "
+        "`turnout run`."
+    )
 
 
 def _add_compare(command: "Callable[..., argparse.ArgumentParser]") -> None:

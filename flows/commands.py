@@ -7,7 +7,9 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.errors import ConfigError
@@ -15,7 +17,7 @@ from flows.terminal import print_rows, print_table, show_preferences, show_run
 
 if TYPE_CHECKING:
     from conf.schema import AnyExperiment
-    from tasks.benchmark import PreferenceReport
+    from tasks.benchmark import BenchmarkReport, PreferenceReport
     from tasks.promotion import Aliases
     from tasks.reporting import RunReport
 
@@ -56,6 +58,14 @@ def retrain_command(arguments: argparse.Namespace) -> int:
     from flows.retrain import retrain
 
     return _print_run(arguments, experiment, retrain(experiment))
+
+
+def add_llm_command(arguments: argparse.Namespace) -> int:
+    """Teach the pool one more LLM and print what came of it."""
+    experiment = _experiment(arguments)
+    from flows.add_llm import add_llm
+
+    return _print_run(arguments, experiment, add_llm(experiment, arguments.llm))
 
 
 def deploy_command(arguments: argparse.Namespace) -> int:
@@ -141,6 +151,8 @@ def compare_command(arguments: argparse.Namespace) -> int:
     # Runs and settings are both words; only a setting holds an equals sign.
     words = [*arguments.runs, *arguments.overrides]
     arguments.overrides = [word for word in words if "=" in word]
+    if arguments.report is not None:
+        _check_file(arguments.report, "--report")
     experiment = _experiment(arguments)
     from flows.compare import compare, compare_url
 
@@ -243,6 +255,10 @@ def benchmark_command(arguments: argparse.Namespace) -> int:
             "--folds and --eval are given. Expected one of them: with --eval, routers are trained "
             "on the one folder and judged on the other. Leave one out."
         )
+    if arguments.figure is not None:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        _check_file(arguments.figure, "--figure", FigureCanvasBase.get_supported_filetypes())
     from conf.load import load_benchmark
 
     evaluation = {} if arguments.folds is None else {"folds": arguments.folds}
@@ -262,13 +278,18 @@ def benchmark_command(arguments: argparse.Namespace) -> int:
     from flows.benchmark import benchmark
 
     report = benchmark(settings)
+    if arguments.json:
+        print(json.dumps(report.to_json()))
+    else:
+        _show_benchmark(report)
     if arguments.figure is not None:
         from tasks.figures import cost_quality
 
         cost_quality(report.comparison).savefig(arguments.figure)
-    if arguments.json:
-        print(json.dumps(report.to_json()))
-        return 0
+    return 0
+
+
+def _show_benchmark(report: "BenchmarkReport") -> None:
     from rich.console import Console
 
     console = Console()
@@ -279,7 +300,6 @@ def benchmark_command(arguments: argparse.Namespace) -> int:
     for note in report.notes():
         console.print(note, highlight=False, markup=False)
     console.print(f"`turnout ui` shows run {report.run_id[:8]} with figures and win rates.")
-    return 0
 
 
 def doctor_command(arguments: argparse.Namespace) -> int:
@@ -328,6 +348,29 @@ def calibrate_command(arguments: argparse.Namespace) -> int:
             table.add_row(what, value)
         Console().print(table)
     return 0
+
+
+def _check_file(path: Path, option: str, kinds: Collection[str] = ()) -> None:
+    """Raise ConfigError for a file that cannot be written, before work is done whose result it is.
+
+    kinds: what its name may end in; by default anything.
+    """
+    folder = path.absolute().parent
+    flaws = {
+        f"{folder} is no folder": not folder.is_dir(),
+        "it is a folder": path.is_dir(),
+        "that is not allowed": not os.access(path if path.exists() else folder, os.W_OK),
+    }
+    if why := [flaw for flaw, found in flaws.items() if found]:
+        raise ConfigError(
+            f"{option} {path} cannot be written: {why[0]}. Expected a file in a folder that exists "
+            "and may be written to. Give another path."
+        )
+    if kinds and path.suffix[1:].lower() not in kinds:
+        raise ConfigError(
+            f"{option} {path} ends in {path.suffix!r}. Expected one of "
+            f"{', '.join(f'.{kind}' for kind in sorted(kinds))}. Rename it."
+        )
 
 
 def _experiment(arguments: argparse.Namespace) -> "AnyExperiment":

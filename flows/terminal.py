@@ -37,7 +37,17 @@ def show_run(experiment: "AnyExperiment", report: "RunReport") -> None:
         print_table(console, title, pair.rows(intervals=("apgr",)))
         _show_receipt(console, pair.receipt)
     if report.pool is not None:
-        print_table(console, "The cheapest LLM that is good enough, of all", pool_rows(report.pool))
+        # With intervals of differences only, it fits into 80 characters.
+        brief = [
+            {
+                key: row[key] if key.startswith("over ") else row[key].partition(" [")[0]
+                for key in row
+            }
+            for row in pool_rows(report.pool)
+        ]
+        print_table(console, "The cheapest LLM that is good enough, of all", brief)
+        for note in report.pool.receipt.notes:
+            console.print(note, highlight=False, markup=False)
         _show_receipt(console, report.pool.receipt)
     where = Path(experiment.store.directory)
     _show_next(console, where, report.run_id, receipts_of(report))
@@ -53,10 +63,12 @@ def show_preferences(experiment: "AnyExperiment", report: "PreferenceReport") ->
     (pair,) = experiment.pairs
     print_table(console, f"Battles for {pair.weak} or {pair.strong}", battles)
     for row in report.battles.rows():
-        if row["left out"]:
-            console.print(f"{row['source']}, left out: {row['left out']}", highlight=False)
+        for heading in ("left out", "remarks"):
+            if row[heading]:
+                note = f"{row['source']}, {heading}: {row[heading]}"
+                console.print(note, highlight=False, markup=False)
     for name, found in report.benchmarks.items():
-        title = f"Routers on {name}, {found.comparison.queries} queries that none has seen"
+        title = f"Routers on {name}: {found.comparison.queries} queries"
         print_table(console, title, found.rows())
         for note in found.notes():
             console.print(note, highlight=False, markup=False)

@@ -31,6 +31,11 @@ WEIGHTS = ("vectors", "projection", "bias", "output")
 # With few battles, batches shrink until an epoch has so many steps, but not below MIN_BATCH.
 STEPS_PER_EPOCH = 30
 MIN_BATCH = 16
+# How often the known LLMs' own variance that of a new LLM's prior may be, and the parts of the
+# prompts that decide it. Weight decay and few epochs keep trained vectors closer to each other than
+# a vector must be that knows a kind of queries which no other knows.
+PRIOR_WIDTHS = (1, 4, 16, 64, 256, 1024)
+PRIOR_PARTS = 4
 
 
 class MatrixFactorizationRouter:
@@ -161,7 +166,7 @@ class MatrixFactorizationRouter:
                 raise ConfigError(
                     unknown_name("LLM", llm, self.llms_)
                     + " Expected LLMs with battles in the training data. Choose one of them, or "
-                    "teach the router a new one with add_llm."
+                    "teach the router a new one: `turnout add-llm NAME`, from Python add_llm."
                 )
         vectors = self.weights_["vectors"][[self.llms_.index(llm) for llm in llms]]
         return self._features(prompts) @ vectors.T.astype(np.float64)
@@ -169,8 +174,9 @@ class MatrixFactorizationRouter:
     def add_llm(self, name: str, comparisons: Comparisons) -> Self:
         """Learn the vector of one more LLM from its battles with known ones; change nothing else.
 
-        With everything else fixed this is a logistic regression, solved exactly. Its prior is the
-        known LLMs' mean vector and variance, so that few battles give an average LLM.
+        With everything else fixed this is a logistic regression, solved exactly. Its prior has the
+        known LLMs' mean vector, so that few battles give an average LLM; its variance is that of
+        `PRIOR_WIDTHS` which predicts the battles on left-out prompts best.
         Raises ConfigError for a known name, DataError without battles against known LLMs.
         """
         if self.encoder_ is None:
@@ -193,9 +199,17 @@ class MatrixFactorizationRouter:
         mean = known.mean(axis=0)
         offset = (features * (mean - known[np.where(new_is_a, b, a)])).sum(axis=1)
         wins = np.where(new_is_a, battles.a_wins, 1 - battles.a_wins)
-        variance = max(float(known.var(axis=0).mean()), 1e-6)
+        variance = _prior_variance(
+            features,
+            wins,
+            offset=offset,
+            prompts=battles.prompts,
+            least=max(float(known.var(axis=0).mean()), 1e-6),
+        )
         vector = mean + _logistic_weights(features, wins, offset=offset, variance=variance)
-        self.weights_["vectors"] = np.vstack([known, vector]).astype(np.float32)
+        # Nothing is changed in place: a shallow copy of this router is a router of its own.
+        vectors = np.vstack([known, vector]).astype(np.float32)
+        self.weights_ = {**self.weights_, "vectors": vectors}
         self.llms_ = [*self.llms_, name]
         return self
 
@@ -285,6 +299,34 @@ def _battles_among(
         if pair[0] != pair[1] and known.issuperset(pair) and (of is None or of in pair)
     ]
     return comparisons.take(np.array(rows)) if rows else None
+
+
+def _prior_variance(
+    features: np.ndarray,
+    wins: np.ndarray,
+    *,
+    offset: np.ndarray,
+    prompts: Sequence[str],
+    least: float,
+) -> float:
+    """Return the variance, ``least`` times one of `PRIOR_WIDTHS`, by cross-validated log loss.
+
+    All battles on one prompt are left out together. With one prompt it is ``least``.
+    """
+    number: dict[str, int] = {}
+    part = np.array([number.setdefault(prompt, len(number)) for prompt in prompts]) % PRIOR_PARTS
+    variances = [least * width for width in PRIOR_WIDTHS]
+    losses = np.zeros(len(variances))
+    for left_out in (part == one for one in np.unique(part)):
+        if left_out.all():
+            return least
+        for at, variance in enumerate(variances):
+            weights = _logistic_weights(
+                features[~left_out], wins[~left_out], offset=offset[~left_out], variance=variance
+            )
+            logits = offset[left_out] + features[left_out] @ weights
+            losses[at] += (np.logaddexp(0, logits) - wins[left_out] * logits).sum()
+    return variances[int(losses.argmin())]
 
 
 def _logistic_weights(

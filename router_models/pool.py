@@ -222,11 +222,13 @@ def pool_outcomes(
     replicates: int = REPLICATES,
     seed: int = 0,
     level: float = LEVEL,
+    groups: ArrayLike | None = None,
 ) -> list[PoolOutcome]:
     """Return the policy's outcome at each margin, with paired bootstrap intervals over queries.
 
-    Arguments as for `pool_curve`. A replicate draws queries; what the policy and the single LLMs
-    give and cost on them, and which LLM or mixture is the best at that cost, follow anew.
+    Arguments as for `pool_curve`; ``groups`` as for `resamples`. A replicate draws queries; what
+    the policy and the single LLMs give and cost on them, and which LLM or mixture is the best at
+    that cost, follow anew.
     """
     believed, actual, costs, prior_costs = _checked_outcomes(
         expected, quality, cost_usd, expected_cost_usd
@@ -237,9 +239,9 @@ def pool_outcomes(
     columns = np.hstack(
         [actual, costs] + [np.stack([actual[rows, at], costs[rows, at]], axis=1) for at in chosen]
     )
-    drawn = resamples(queries, replicates=replicates, seed=seed)
+    drawn = resamples(queries, replicates=replicates, seed=seed, groups=groups)
     # The first line is the queries themselves, so that estimates and replicates are one code.
-    means = np.stack([columns.mean(axis=0), *(counts @ columns / queries for counts in drawn)])
+    means = np.stack([columns.mean(axis=0), *(counts @ columns / counts.sum() for counts in drawn)])
     single_quality, single_cost = means[:, :count], means[:, count : 2 * count]
     found = []
     for number, (margin, at) in enumerate(zip(margins, chosen, strict=True)):

@@ -196,18 +196,22 @@ def interval(replicates: ArrayLike, *, level: float = LEVEL) -> Interval:
 
 
 def mean_interval(
-    values: ArrayLike, *, replicates: int = REPLICATES, seed: int = 0, level: float = LEVEL
+    values: ArrayLike,
+    *,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+    level: float = LEVEL,
+    groups: ArrayLike | None = None,
 ) -> Estimate:
-    """Return the mean of (N,) values with its interval.
+    """Return the mean of (N,) values with its interval; ``groups`` as for `resamples`.
 
     >>> mean_interval([1.0, 1.0, 1.0]).interval
     Interval(low=1.0, high=1.0, level=0.95, reason=None)
     """
     column, _ = checked_qualities(values, values)
-    size = len(column)
     means = [
-        float((counts * column).sum()) / size
-        for counts in resamples(size, replicates=replicates, seed=seed)
+        float((counts * column).sum() / counts.sum())
+        for counts in resamples(len(column), replicates=replicates, seed=seed, groups=groups)
     ]
     return Estimate(float(column.mean()), interval(means, level=level))
 

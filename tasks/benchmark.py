@@ -1,7 +1,7 @@
 """Benchmark data: routers judged on known answers, in the layout that RouteLLM publishes.
 
 A folder of response CSVs gives battles to learn from and queries to be judged on. Training prompts
-are never judged: equal prompts (but for case and white space) stay on one side, and what the
+are never judged: equal prompts and near copies (`near_copy_groups`) stay on one side, and what the
 folder lists as contaminated is left out of both. A preference experiment learns elsewhere and is
 judged on several such folders.
 
@@ -24,6 +24,7 @@ from prefect.context import FlowRunContext
 from conf.errors import DataError, unknown_name
 from conf.llms import Pair
 from conf.schema import Benchmark, Evaluation, PreferenceExperiment, Store
+from router_models.near_copies import near_copy_groups
 from router_models.statistics import Estimate
 from router_models.training_data import same_prompt
 from tasks import tracking
@@ -34,7 +35,7 @@ from tasks.labelling import RatedQueries
 from tasks.preference_collection import CollectedPreferences, under_our_names
 from tasks.preference_sources import gold_preferences, named_first
 from tasks.reporting import markdown_table, shown
-from tasks.training import TrainedRouter, timings
+from tasks.training import COPY, TrainedRouter, timings
 from tasks.warehouse import Snapshot, Warehouse
 
 METRIC = "correct"
@@ -68,28 +69,32 @@ def benchmark_data(warehouse: Warehouse, settings: Benchmark) -> BenchmarkData:
         judged = other.rows
     queries, incomplete = _queries(judged, pair)
     left_out += incomplete
-    keys = [same_prompt(text) for text in queries["text"].to_pylist()]
-    if settings.evaluation_directory is None:  # else nothing is divided
-        left_out["repeated prompts, kept on one side"] = len(keys) - len(set(keys))
+    texts = queries["text"].to_pylist()
     if settings.evaluation_directory is not None:
+        copies = _copies([*texts, *trained_on["prompt"].to_pylist()])
+        keys, own_keys = copies[: len(texts)], copies[len(texts) :]
         split = ["test"] * len(keys)
-        known_keys = np.array([same_prompt(text) for text in trained_on["prompt"].to_pylist()])
-        own = ~np.isin(known_keys, keys)
-        left_out["training prompts that are evaluated too"] = int((~own).sum())
+        own = ~np.isin(own_keys, keys)
+        left_out["training prompts that are evaluated too, or nearly"] = int((~own).sum())
         if settings.train_rows is not None:
-            own[own] = _drawn(list(known_keys[own]), settings.train_rows, seed=settings.seed)
+            own[own] = _drawn(own_keys[own].tolist(), settings.train_rows, seed=settings.seed)
         trained_on = trained_on.filter(pa.array(own))
-    elif settings.train_rows is not None:
-        drawn = _drawn(keys, settings.train_rows, seed=settings.seed)
-        split = ["train" if row else "test" for row in drawn]
     else:
+        keys = _copies(texts)
+        repeated = len(texts) - len({same_prompt(text) for text in texts})
+        nearly = len(keys) - len(set(keys)) - repeated
+        left_out["repeated prompts, kept on one side"] = repeated
+        left_out["near copies of other prompts, kept on one side"] = nearly
         split = ["train"] * len(keys)
+        if settings.train_rows is not None:
+            drawn = _drawn(keys.tolist(), settings.train_rows, seed=settings.seed)
+            split = ["train" if row else "test" for row in drawn]
     if trained_on.num_rows == 0:
         raise DataError(
             f"All prompts of {settings.directory} are in {settings.evaluation_directory}. Expected "
             "training prompts that are not evaluated. Give another folder."
         )
-    queries = queries.append_column("split", pa.array(split))
+    queries = queries.append_column("split", pa.array(split)).append_column(COPY, pa.array(keys))
     warehouse.ingest("preferences", trained_on)
     held_out = "test" in split
     return BenchmarkData(
@@ -113,6 +118,11 @@ def _pair(battles: pa.Table, settings: Benchmark) -> Pair:
             raise DataError(
                 unknown_name("LLM", asked, llms) + f" {settings.directory} has columns for these."
             )
+    if settings.weak and settings.weak == settings.strong:
+        raise DataError(
+            f"--weak and --strong are both {settings.weak!r}. Expected two of {', '.join(llms)}. "
+            "Correct one of them."
+        )
     if settings.weak and settings.strong:
         return Pair(weak=settings.weak, strong=settings.strong)
     if len(llms) != 2:
@@ -130,7 +140,9 @@ def _pair(battles: pa.Table, settings: Benchmark) -> Pair:
         for llm in llms
     }
     weak, strong = sorted(llms, key=lambda llm: means[llm])
-    return Pair(weak=settings.weak or weak, strong=settings.strong or strong)
+    if settings.weak == strong or settings.strong == weak:  # as asked, though it is the better one
+        weak, strong = strong, weak
+    return Pair(weak=weak, strong=strong)
 
 
 def _queries(battles: pa.Table, pair: Pair) -> tuple[pa.Table, Counter[str]]:
@@ -164,6 +176,13 @@ def _queries(battles: pa.Table, pair: Pair) -> tuple[pa.Table, Counter[str]]:
         }
     )
     return queries, incomplete
+
+
+def _copies(texts: Sequence[str]) -> np.ndarray:
+    """Return, for each text, the first one that it is a near copy of, (n,) strings."""
+    group = near_copy_groups(texts)
+    first = np.unique(group, return_index=True)[1]
+    return np.array([same_prompt(texts[row]) for row in first])[group]
 
 
 def _drawn(keys: list[str], rows: int, *, seed: int) -> np.ndarray:

@@ -6,15 +6,18 @@ queries the router has not seen, against every single LLM and the best mixture o
 
 Every router becomes a version of the pool's registered model, which chooses an LLM by name. The one
 with the most quality for its money is judged, and promoted under a simple rule: loaded in a clean
-process it makes the logged choices, and it is surely not worse than sending everything to the best
-single LLM that is not dearer. There is no comparison with the champion: the newest version that
-passes is the champion. A long file: the pool is learnt, judged and registered here.
+process it makes the logged choices, and it is surely not worse than the best coin toss between two
+LLMs at its cost. (Not: than the best LLM that costs no more. A coin that saves a cent on the best
+LLM would be compared with the second best, and win.) There is no comparison with the champion: the
+newest version that passes is the champion. A long file: the pool is learnt, judged and registered
+here.
 """
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from prefect import task
 
 from conf.errors import ArtifactError, DataError
@@ -40,7 +44,8 @@ from router_models.statistics import Estimate, Interval, mean_interval
 from router_models.training_data import Comparisons
 from serving.score import win_rates_in_clean_process
 from tasks import gate, promotion, tracking
-from tasks.evaluation import flat
+from tasks.controls import PROMPTS, prompt_hashes
+from tasks.evaluation import flat, groups_of
 from tasks.figures import COLOURS, GREY
 from tasks.gate import Check, Receipt
 from tasks.progress import progress, stage
@@ -56,7 +61,7 @@ from tasks.registry import (
     rolled_back,
     tag_verdict,
 )
-from tasks.training import evaluation_folds, everything
+from tasks.training import Fold, evaluation_folds, everything
 from tasks.warehouse import Snapshot, Warehouse
 
 if TYPE_CHECKING:
@@ -117,17 +122,34 @@ class PoolReport:
 
 
 @dataclass(frozen=True, eq=False)
+class Learnt:
+    """A pool's router, and what was expected of queries by routers that have not seen them."""
+
+    expected: np.ndarray
+    """(judged, LLMs) expected qualities, in the order of the queries."""
+    router: Router
+    """The final one, which is registered."""
+    prompts: frozenset[str]
+    """Hashes of the prompts that it has learnt from: it must not be judged on them."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Of its run and its version."""
+    notes: tuple[str, ...] = ()
+    """What a reader of its receipt must know."""
+
+
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """One router's version, and what the gate asks of it."""
 
     routed: RoutedPool
     version: Version
-    over_single: Estimate
+    over_mix: Estimate
     """As in the outcome, its interval at the gate's level."""
     queries: pa.Table
     """query_key, text and `served`, the LLM that the final router chooses."""
     digest: str
     """Of the table of judged queries."""
+    notes: tuple[str, ...] = ()
 
 
 @task(task_run_name="route among all LLMs")
@@ -136,17 +158,26 @@ def route_pool(
 ) -> PoolReport:
     """Train the pool's routers, judge what they choose for queries they have not seen, and promote
     the best one if it earns it."""
+    rated = rated_pool(experiment, queries, responses, scores)
+    learners = [
+        (settings, partial(trained_pool, settings, rated, experiment))
+        for settings in experiment.pool_routers()
+    ]
+    return judged_pool(experiment, queries, rated, learners, run_id)
+
+
+def judged_pool(
+    experiment: Experiment,
+    queries: Snapshot,
+    rated: PoolQueries,
+    learners: Sequence[tuple[Any, Callable[[], Learnt]]],
+    run_id: str,
+) -> PoolReport:
+    """Let each router learn, judge the best one's choices, and promote it if it earns it.
+
+    learners: for each router its settings and what gives it, called within a run of its own.
+    """
     assert experiment.pool is not None
-    warehouse = Warehouse(experiment.store.directory)
-    metric = experiment.quality.label_metric
-    rated = pool_queries(
-        warehouse,
-        queries,
-        responses,
-        scores,
-        llms=[llm.name for llm in experiment.llms],
-        metric=metric,
-    )
     folds = evaluation_folds(rated.table, experiment.evaluation)
     judged = np.sort(np.concatenate([fold.predicted for fold in folds]))
     quality, cost_usd = rated.quality()[judged], rated.cost_usd[judged]
@@ -158,6 +189,7 @@ def route_pool(
                 replicates=experiment.evaluation.replicates,
                 seed=experiment.seed,
                 level=experiment.evaluation.confidence,
+                groups=groups_of(rated.table.take(judged)),
             ),
             float(1e3 * cost_usd[:, column].mean()),
         )
@@ -165,16 +197,16 @@ def route_pool(
     ]
     singles.sort(key=lambda single: (single.cost_usd_per_1000, single.llm))
     candidates = [
-        _routed(experiment, settings, rated, judged, singles, run_id)
-        for settings in experiment.pool_routers()
+        _routed(experiment, settings, learn, rated, judged, singles, run_id, tried=len(learners))
+        for settings, learn in learners
     ]
-    best = max(candidates, key=lambda one: one.over_single.value)
+    best = max(candidates, key=lambda one: one.over_mix.value)
     receipt = judge_pool(experiment, best)
     receipt = promotion.carry_out.fn(
         experiment.store, best.version, receipt, run_id=best.routed.run_id
     )
     return PoolReport(
-        metric=metric,
+        metric=experiment.quality.label_metric,
         queries=len(judged),
         out_of_fold=len(folds) > 1,
         unscored=queries.rows - rated.table.num_rows,
@@ -198,12 +230,15 @@ def judge_pool(experiment: Experiment, best: Candidate) -> Receipt:
         queries=best.queries.num_rows,
         checks=(
             reproduces_choices(store, best),
-            no_worse_than_single(best.over_single),
+            no_worse_than_a_coin(best.over_mix),
             gate.not_rolled_back(rolled_back(store, best.version)),
             *replaces_nothing(store, best.version, current),
         ),
         champion=current,
-        notes=("A pool's version is not compared with the champion, which it replaces.",),
+        notes=(
+            *best.notes,
+            "A pool's version is not compared with the champion, which it replaces.",
+        ),
         pending=True,
     )
     log_receipt(store, best.routed.run_id, receipt)
@@ -248,28 +283,43 @@ def reproduces_choices(store: Store, best: Candidate) -> Check:
     )
 
 
-def no_worse_than_single(over_single: Estimate) -> Check:
-    """Check that a pool gives at least what the best single LLM that is not dearer gives.
+def no_worse_than_a_coin(over_mix: Estimate) -> Check:
+    """Check that a pool gives at least what tossing a coin between two LLMs gives at its cost.
 
-    ``over_single`` is the paired difference in quality, its interval of `gate.two_sided_level`.
+    ``over_mix`` is the paired difference in quality, its interval of `gate.two_sided_level`.
 
-    >>> no_worse_than_single(Estimate(0.1, Interval(-0.01, 0.2))).passed
+    >>> no_worse_than_a_coin(Estimate(0.1, Interval(-0.01, 0.2))).passed
     False
     """
     return Check(
-        name="not worse than a single LLM",
-        value=gate.shown(over_single, sign="+", digits=4),
-        bound="interval at 0 or above, in quality, at no higher cost",
-        passed=bool(over_single.interval.low >= 0),
-        complaint="not shown to be as good as a single LLM at its cost",
-        because="For its money, one LLM for all queries may give answers that are as good.",
-        advice="Ask more queries, or set another pool.margin. Until then serve that LLM.",
+        name="not worse than a coin toss",
+        value=gate.shown(over_mix, sign="+", digits=4),
+        bound="interval at 0 or above, in quality, between any two LLMs at equal cost",
+        passed=bool(over_mix.interval.low >= 0),
+        complaint="not shown to be as good as a coin toss between two LLMs",
+        because="For its money, sending queries to one of two LLMs at random, or all to one, may "
+        "give answers that are as good.",
+        advice="Ask more queries, or set another pool.margin. Until then serve one LLM.",
     )
 
 
 def pool_model(experiment: Experiment) -> str:
     """Return the name of the pool's registered model."""
     return "pool-" + re.sub(r"[^\w.\-]", "-", experiment.name)
+
+
+def rated_pool(
+    experiment: Experiment, queries: Snapshot, responses: Snapshot, scores: Snapshot
+) -> PoolQueries:
+    """Return the queries that all of the experiment's LLMs answered, by its label metric."""
+    return pool_queries(
+        Warehouse(experiment.store.directory),
+        queries,
+        responses,
+        scores,
+        llms=[llm.name for llm in experiment.llms],
+        metric=experiment.quality.label_metric,
+    )
 
 
 def pool_queries(
@@ -356,18 +406,24 @@ def pool_battles(rated: PoolQueries, *, weak: str, strong: str) -> tuple[Compari
     return data, np.tile(np.arange(count), len(pairs))
 
 
-def trained_pool(
-    settings: Any, rated: PoolQueries, experiment: Experiment
-) -> tuple[np.ndarray, Router]:
-    """Return expected qualities of the judged queries, (judged, LLMs), and the final router.
+def pool_lessons(rated: PoolQueries, experiment: Experiment) -> list[Fold]:
+    """Return what is learnt from, watched and predicted in turn; the last makes the final router.
 
-    Rows are in the order of the queries; each is by a router that has not seen the query.
+    Out of fold that is everything, which predicts nothing.
+    """
+    folds = evaluation_folds(rated.table, experiment.evaluation)
+    return folds if len(folds) == 1 else [*folds, everything(rated.table)]
+
+
+def trained_pool(settings: Any, rated: PoolQueries, experiment: Experiment) -> Learnt:
+    """Train a router for each lesson; the expectations are of routers that have not seen the query.
+
+    Its prompts are those it was trained on and those that decided when training ends.
     """
     pair = experiment.pairs[0]
     data, query = pool_battles(rated, weak=pair.weak, strong=pair.strong)
     texts = rated.table["text"].to_pylist()
-    folds = evaluation_folds(rated.table, experiment.evaluation)
-    lessons = folds if len(folds) == 1 else [*folds, everything(rated.table)]
+    lessons = pool_lessons(rated, experiment)
     expected = np.full((len(texts), len(rated.llms)), np.nan)
     with progress(f"Training pool {settings.name}", len(lessons)) as advance:
         for fold in lessons:
@@ -379,19 +435,24 @@ def trained_pool(
             prompts = [texts[row] for row in fold.predicted]
             expected[fold.predicted] = expected_quality(router, prompts, llms=rated.llms)
             advance(1)
-    judged = np.sort(np.concatenate([fold.predicted for fold in folds]))
-    return expected[judged], router
+    judged = np.sort(np.concatenate([fold.predicted for fold in lessons]))
+    known = np.concatenate([lessons[-1].train, lessons[-1].validation])
+    hashes = prompt_hashes(texts[row] for row in known)
+    return Learnt(expected[judged], router, frozenset(hashes))
 
 
 def _routed(
     experiment: Experiment,
     settings: Any,
+    learn: Callable[[], Learnt],
     rated: PoolQueries,
     judged: np.ndarray,
     singles: Sequence[SingleLLM],
     parent_id: str,
+    *,
+    tried: int,
 ) -> Candidate:
-    """Train and evaluate one router in a run of its own, and register it."""
+    """Let one router learn in its own run, evaluate it as one of ``tried``, and register it."""
     assert experiment.pool is not None
     store, evaluation, margin = experiment.store, experiment.evaluation, experiment.pool.margin
     quality, cost_usd = rated.quality()[judged], rated.cost_usd[judged]
@@ -401,9 +462,11 @@ def _routed(
         tracking.log_params(
             store, run_id, settings.model_dump(mode="json") | {"pool.margin": margin}
         )
-        expected, router = trained_pool(settings, rated, experiment)
+        learnt = learn()
+        tracking.set_tags(store, run_id, learnt.tags)
+        expected = learnt.expected
+        table = rated.table.take(judged).select(["query_key", "query_id", "text", "domain"])
         # For people at the level they asked for; for the gate as the best of several.
-        tried = len(experiment.pool_routers())
         outcome, strict = (
             pool_outcomes(
                 expected,
@@ -413,11 +476,11 @@ def _routed(
                 replicates=evaluation.replicates,
                 seed=experiment.seed,
                 level=level,
+                groups=groups_of(table),
             )[0]
             for level in (evaluation.confidence, gate.two_sided_level(experiment.gate, tried))
         )
         tracking.log_metrics(store, run_id, _metrics(outcome, rated.llms))
-        table = rated.table.take(judged).select(["query_key", "query_id", "text", "domain"])
         for column, llm in enumerate(rated.llms):
             for what, values in {
                 "expected": expected,
@@ -426,7 +489,7 @@ def _routed(
             }.items():
                 table = table.append_column(f"{what}/{llm}", pa.array(values[:, column]))
         costs = dict(zip(rated.llms, rated.cost_usd.mean(axis=0).tolist(), strict=True))
-        served = PoolPolicy(costs, margin=margin).choose(router, table["text"].to_pylist())
+        served = PoolPolicy(costs, margin=margin).choose(learnt.router, table["text"].to_pylist())
         table = table.append_column("served", pa.array(served))
         snapshot = Warehouse(store.directory).write_snapshot("pool", table)
         client = tracking.client(store)
@@ -434,13 +497,14 @@ def _routed(
         curve = pool_curve(expected, quality, cost_usd)
         figure = cost_quality(curve, outcome, singles, router=settings.name, experiment=experiment)
         client.log_figure(run_id, figure, "pool/cost_quality.png")
-        version = _register(experiment, settings, router, costs, snapshot, run_id)
+        version = _register(experiment, settings, learnt, costs, snapshot, run_id)
     return Candidate(
         routed=RoutedPool(settings.name, run_id, version.uri(), outcome),
         version=version,
-        over_single=strict.over_single,
+        over_mix=strict.over_mix,
         queries=table.select(["query_key", "text", "served"]),
         digest=snapshot.digest,
+        notes=learnt.notes,
     )
 
 
@@ -464,7 +528,7 @@ def per_1000(usd: Estimate) -> Estimate:
 def _register(
     experiment: Experiment,
     settings: Any,
-    router: Router,
+    learnt: Learnt,
     costs: Mapping[str, float],
     judged: Snapshot,
     run_id: str,
@@ -481,7 +545,7 @@ def _register(
         return known
     params = {"policy": "pool", "margin": experiment.pool.margin}
     with tempfile.TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
-        router.save(Path(scratch, "router"))
+        learnt.router.save(Path(scratch, "router"))
         logged = mlflow.pyfunc.log_model(
             name="router",
             python_model=ROOT / "serving" / "router_model.py",
@@ -491,10 +555,14 @@ def _register(
             model_config={"cost_usd": dict(costs)},
             pip_requirements=requirements(settings),
         )
+        file = Path(scratch, Path(PROMPTS).name)
+        pq.write_table(pa.table({"prompt": sorted(learnt.prompts)}), file)
+        client.log_artifact(run_id, str(file), str(Path(PROMPTS).parent))
         tags = {
             "router": settings.name,
             "metric": experiment.quality.label_metric,
             "training_digest": judged.digest,
+            **learnt.tags,
         }
         version = mlflow.register_model(logged.model_uri, name, tags=tags)
     client.set_registered_model_tag(name, POOL_TAG, "all")

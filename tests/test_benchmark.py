@@ -9,11 +9,23 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 from rich.console import Console
+from test_causal_llm import save_tiny_llm
 
 from conf.errors import ConfigError, DataError
 from conf.load import load_benchmark
-from conf.routers import KernelRidge, Knn, MatrixFactorization, Router, SimilarityWeighted, Trainer
+from conf.routers import (
+    Bert,
+    CausalLLM,
+    Hybrid,
+    KernelRidge,
+    Knn,
+    MatrixFactorization,
+    Router,
+    SimilarityWeighted,
+    Trainer,
+)
 from conf.schema import Benchmark
+from flows import cli
 from flows.benchmark import benchmark
 from flows.terminal import print_table
 from router_models.catalog import build_router
@@ -35,7 +47,7 @@ def answers(folder: Path, rows: int, *, topic: str = "", header: tuple[str, ...]
         with (folder / f"{name}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(header or ("prompt", WEAK, STRONG))
-            for row in range(rows // 2):
+            for row in range(1000 * len(topic), 1000 * len(topic) + rows // 2):
                 if name == "arithmetic":
                     text = f"What is {topic}{row} plus {rng.integers(1000)} minus seven?"
                     correct = [bool(rng.random() < 0.1), bool(rng.random() < 0.9)]
@@ -103,8 +115,31 @@ def test_another_folder_is_judged_without_what_was_trained_on(
     report = benchmark(settings(trained, store_directory, evaluation_directory=judged))
     assert report.comparison.queries == 62
     assert not report.comparison.out_of_fold
-    assert report.left_out == {"training prompts that are evaluated too": 1}
+    assert report.left_out == {"training prompts that are evaluated too, or nearly": 1}
     assert report.to_json()["routers"]["knn"]["apgr_ci"][0] > 0.5
+
+
+def test_near_copies_of_judged_prompts_are_not_learnt_from(
+    tmp_path: Path, store_directory: Path
+) -> None:
+    folders = answers(tmp_path / "a", 80), answers(tmp_path / "b", 60, topic="the ")
+    for file in folders[1].glob("*.csv"):
+        copies = list(csv.reader(file.read_text().splitlines()))[1:]
+        with (folders[0] / file.name).open("a", newline="") as trained:
+            csv.writer(trained).writerows([f"{text}?", *correct] for text, *correct in copies)
+    apart = settings(folders[0], store_directory, evaluation_directory=folders[1])
+    data = benchmark_data.fn(Warehouse(store_directory), apart)
+    assert data.left_out == {"training prompts that are evaluated too, or nearly": 60}
+    assert data.battles.rows == 80
+    # In one folder, they share a fold with what they copy.
+    (folders[1] / "more.csv").write_bytes((folders[0] / "capitals.csv").read_bytes())
+    data = benchmark_data.fn(Warehouse(store_directory), settings(folders[1], store_directory))
+    assert data.left_out == {"near copies of other prompts, kept on one side": 30}
+    labels = data.queries.labels.read()
+    bare = [same_prompt(text).rstrip("?") for text in labels["text"].to_pylist()]
+    for fold in evaluation_folds(labels, data.evaluation):
+        seen = {bare[row] for row in [*fold.train, *fold.validation]}
+        assert not seen & {bare[row] for row in fold.predicted}
 
 
 def test_a_number_of_rows_is_trained_on_and_the_rest_is_judged(
@@ -261,12 +296,24 @@ KINDS = [
     MatrixFactorization(dimension=16, trainer=Trainer(max_epochs=3, learning_rate=3e-3)),
     SimilarityWeighted(),
     KernelRidge(encoders=("minilm",), weights=(1,)),
+    Hybrid(max_length=32, trainer=Trainer(max_epochs=2)),
+    Bert(max_length=32, trainer=Trainer(max_epochs=2)),
+    CausalLLM(
+        template="Q:{query}\nA:",
+        max_length=96,
+        rank=4,
+        trainer=Trainer(max_epochs=3, learning_rate=1e-2),
+    ),
 ]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.router)
 @pytest.mark.parametrize("shuffled", [False, True], ids=["true", "shuffled"])
-def test_a_router_trained_on_shuffled_labels_is_at_chance(kind: Router, shuffled: bool) -> None:
+def test_a_router_trained_on_shuffled_labels_is_at_chance(
+    kind: Router, shuffled: bool, tmp_path: Path
+) -> None:
+    if isinstance(kind, CausalLLM):
+        kind = kind.model_copy(update={"model": str(save_tiny_llm(tmp_path))})
     rng = np.random.default_rng(11)
     hard = rng.random(400) < 0.5
     asked = ("What is {} plus {}?", "Which city is the capital of country {} of {}?")
@@ -297,8 +344,63 @@ def test_an_unknown_llm_and_too_many_rows_are_refused(
         benchmark_data.fn(warehouse, settings(folder, store_directory, strong="gpt-4-1106"))
     with pytest.raises(DataError, match="20 training rows are asked for, of 20"):
         benchmark_data.fn(warehouse, settings(folder, store_directory, train_rows=20))
-    with pytest.raises(ConfigError, match="router"):
+    with pytest.raises(ConfigError, match=r"Unknown router 'knm'\. Did you mean 'knn'\?"):
         load_benchmark(["knm"], {"directory": folder})
+
+
+@pytest.mark.parametrize(
+    ("asked", "pair"),
+    [
+        ({}, (WEAK, STRONG)),
+        ({"weak": WEAK}, (WEAK, STRONG)),
+        ({"weak": STRONG}, (STRONG, WEAK)),
+        ({"strong": WEAK}, (STRONG, WEAK)),
+        ({"strong": STRONG}, (WEAK, STRONG)),
+    ],
+)
+def test_of_two_llms_the_one_that_is_not_named_is_the_other_side(
+    asked: dict[str, str], pair: tuple[str, str], tmp_path: Path, store_directory: Path
+) -> None:
+    chosen = settings(answers(tmp_path / "answers", 40), store_directory, **asked)
+    found = benchmark_data.fn(Warehouse(store_directory), chosen).queries.pair
+    assert (found.weak, found.strong) == pair
+
+
+def test_one_llm_cannot_be_both_sides(tmp_path: Path, store_directory: Path) -> None:
+    folder = answers(tmp_path / "answers", 20)
+    chosen = settings(folder, store_directory, weak=WEAK, strong=WEAK)
+    with pytest.raises(DataError, match=rf"--weak and --strong are both '{WEAK}'\. Expected two"):
+        benchmark_data.fn(Warehouse(store_directory), chosen)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("absent/x.png", r"--figure .*x\.png cannot be written: .*absent is no folder\. Expected"),
+        (".", "cannot be written: it is a folder"),
+        ("x.bmpp", r"x\.bmpp ends in '\.bmpp'\. Expected one of .*\.png, .*Rename it"),
+        ("x", r"x ends in ''"),
+    ],
+)
+def test_a_figure_that_cannot_be_written_is_refused_before_anything_is_trained(
+    file: str, message: str, tmp_path: Path
+) -> None:
+    figure = tmp_path / file
+    store = f"store.directory={tmp_path / 'store'}"
+    words = ["routellm", str(tmp_path), "--routers", "knn", "--figure", str(figure), store]
+    arguments = cli.parsed(["benchmark", *words])
+    with pytest.raises(ConfigError, match=message):
+        arguments.command(arguments)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_runs_are_compared(
+    tmp_path: Path,
+) -> None:
+    report = tmp_path / "absent" / "x.html"
+    arguments = cli.parsed(["compare", "--report", str(report)])
+    with pytest.raises(ConfigError, match=r"--report .* cannot be written: .* is no folder"):
+        arguments.command(arguments)
 
 
 def test_a_folder_that_is_all_trained_on_cannot_be_judged(

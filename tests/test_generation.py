@@ -542,7 +542,8 @@ def test_a_journal_stays_until_its_rows_are_committed(
 
 
 RUN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 from test_generation import generate, llm, queries
 from tasks.warehouse import Warehouse
 warehouse = Warehouse(__import__("pathlib").Path(sys.argv[1]))

@@ -257,7 +257,10 @@ def test_a_new_llm_is_added_and_nothing_else_changes(vectors: str, tmp_path: Pat
     assert all(np.array_equal(loaded.weights_[name], router.weights_[name]) for name in mf.WEIGHTS)
 
 
-def test_an_added_llm_has_the_most_likely_vector(vectors: str) -> None:
+def test_an_added_llm_has_the_most_likely_vector(
+    vectors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mf, "PRIOR_WIDTHS", (1,))
     router = fitted(vectors)
     known = router.weights_["vectors"].astype(float)
     newcomer = data(400, seed=4, llms=("coder", "poet", "tiny"))

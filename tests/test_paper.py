@@ -6,6 +6,7 @@ Nothing but sizes and places is changed: three pairs, four LLMs, a held-out test
 import json
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 from scripted_llm import ScriptedLLM
 from test_bartscore import _bart, _saved
@@ -37,6 +38,7 @@ def mixinstruct(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_papers_experiment_runs_whole(
     tmp_path: Path, store_directory: Path, prefect_server: None
 ) -> None:

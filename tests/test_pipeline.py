@@ -95,6 +95,7 @@ def loaded(path: Path) -> Experiment:
     return experiment
 
 
+@pytest.mark.slow
 def test_queries_become_a_champion(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -149,6 +150,7 @@ def test_queries_become_a_champion(
     assert champion(experiment.store, MODEL) == "1"
 
 
+@pytest.mark.slow
 def test_no_gap_is_rejected_with_a_receipt(
     tmp_path: Path, store_directory: Path, prefect_server: None
 ) -> None:
@@ -214,6 +216,8 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> 
         time.sleep(0.05)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_killed_at_any_stage_goes_on(
     tmp_path: Path,
     store_directory: Path,

@@ -35,7 +35,7 @@ from tasks.judged_runs import receipts
 from tasks.pool import (
     Candidate,
     RoutedPool,
-    no_worse_than_single,
+    no_worse_than_a_coin,
     pool_battles,
     pool_queries,
     route_pool,
@@ -374,13 +374,24 @@ def test_three_llms_become_a_registered_pool(
 
 
 def test_a_pool_that_is_not_shown_to_be_as_good_is_not_promoted() -> None:
-    def over_single(low: float) -> Estimate:
+    def over_mix(low: float) -> Estimate:
         return Estimate(0.02, Interval(low, 0.1))
 
-    assert no_worse_than_single(over_single(0.0)).passed
-    worse = no_worse_than_single(over_single(-0.001))
+    assert no_worse_than_a_coin(over_mix(0.0)).passed
+    worse = no_worse_than_a_coin(over_mix(-0.001))
     assert not worse.passed
-    assert worse.complaint == "not shown to be as good as a single LLM at its cost"
+    assert worse.complaint == "not shown to be as good as a coin toss between two LLMs"
+
+
+def test_a_coin_that_saves_a_cent_does_not_pass() -> None:
+    rng = np.random.default_rng(2)
+    quality = (rng.random((3000, 3)) < [0.5, 0.7, 0.8]).astype(float)
+    cost = np.tile([1.0, 2.0, 3.0], (3000, 1))
+    expected = np.tile([0.0, 0.0, 1.0], (3000, 1))
+    expected[rng.random(3000) < 0.2] = [0.0, 1.0, 0.0]  # a fifth to the second best, blindly
+    (outcome,) = pool_outcomes(expected, quality, cost, margins=[0.0], replicates=400)
+    assert outcome.over_single.interval.low > 0  # compared with the second best
+    assert not no_worse_than_a_coin(outcome.over_mix).passed
 
 
 def test_a_pool_that_chooses_otherwise_or_not_at_all_is_not_promoted(
@@ -392,7 +403,7 @@ def test_a_pool_that_chooses_otherwise_or_not_at_all_is_not_promoted(
             "knn", "run", "models:/pool-three/1", PoolOutcome(0.1, none, none, none, none, (1.0,))
         ),
         version=Version("pool-three", "1", "run"),
-        over_single=none,
+        over_mix=none,
         queries=pa.table({"text": PROMPTS[:3], "served": ["small", "large", "large"]}),
         digest="abc",
     )

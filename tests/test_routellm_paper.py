@@ -160,6 +160,7 @@ def experiment(tmp_path: Path, store_directory: Path) -> PreferenceExperiment:
     return paper(tmp_path, store_directory)
 
 
+@pytest.mark.slow
 def test_the_papers_experiment_runs_whole(
     experiment: PreferenceExperiment,
     monkeypatch: pytest.MonkeyPatch,
@@ -176,7 +177,7 @@ def test_the_papers_experiment_runs_whole(
         arguments = cli.parser().parse_args([command, "--config", "routellm_paper"])
         assert arguments.command(arguments) == 0
         table = capsys.readouterr().out
-        for said in ("Battles for", "Routers on mmlu, 69", "Routers on gsm8k, 39", "causal-llm"):
+        for said in ("Battles for", "Routers on mmlu: 69", "Routers on gsm8k: 39", "causal-llm"):
             assert said in table
     arguments = cli.parser().parse_args(["run", "--config", "routellm_paper", "--json"])
     assert arguments.command(arguments) == 0
@@ -363,6 +364,7 @@ def answer(prompt: str, sample: int) -> str:
     return str(record["gold"][0]) if (len(prompt) + sample) % 2 else "I do not know."
 
 
+@pytest.mark.slow
 def test_battles_join_labels_where_llms_are_asked(
     tmp_path: Path, store_directory: Path, prefect_server: None
 ) -> None:

@@ -7,8 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 from prefect import flow
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter
+from recorded_tasks import recorded_tasks
 
 import tasks.scoring
 from conf.errors import DataError, TurnoutError
@@ -123,13 +122,8 @@ def test_a_scorer_out_of_memory_fails_its_task_its_flow_and_its_run(
     assert state.is_failed()
     with pytest.raises(torch.OutOfMemoryError):
         state.result()
-    with get_client(sync_client=True) as client:
-        (task_run,) = client.read_task_runs(
-            flow_run_filter=FlowRunFilter.model_validate(
-                {"id": {"any_": [state.state_details.flow_run_id]}}
-            )
-        )
-    assert task_run.state_name == "Failed"
+    only = {("score", "Failed"): 1}
+    assert recorded_tasks(str(state.state_details.flow_run_id), only) == only
     (run,) = tracking.client(experiment.store).search_runs(
         [tracking.experiment_id(experiment.store)]
     )
