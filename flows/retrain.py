@@ -14,7 +14,7 @@ from pydantic import Field
 from conf.load import standard_gate
 from conf.schema import AnyExperiment, PreferenceExperiment
 from tasks.benchmark import PreferenceReport
-from tasks.gate import Receipt
+from tasks.receipt import Receipt
 from tasks.reporting import RunReport
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from conf.schema import AnyExperiment
     from tasks.benchmark import PreferenceReport
-    from tasks.gate import Receipt
+    from tasks.receipt import Receipt
     from tasks.reporting import RunReport
 
 TABLE_COLUMNS = 4  # more do not fit into 80 characters beside each other

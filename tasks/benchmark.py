@@ -30,10 +30,10 @@ from router_models.training_data import same_prompt
 from tasks import tracking
 from tasks.evaluation import Comparison, compare_routers, compared_too, flat
 from tasks.figures import cost_quality, win_rate_by_domain
-from tasks.gate import Receipt
 from tasks.labelling import RatedQueries
 from tasks.preference_collection import CollectedPreferences, under_our_names
 from tasks.preference_sources import gold_preferences, named_first
+from tasks.receipt import Receipt
 from tasks.reporting import markdown_table, shown
 from tasks.training import COPY, TrainedRouter, timings
 from tasks.warehouse import Snapshot, Warehouse

@@ -21,7 +21,7 @@ from conf.llms import Pair
 from conf.schema import Store
 from tasks import tracking
 from tasks.controls import CONTROL_TAG
-from tasks.gate import Check, Receipt
+from tasks.receipt import Check, Receipt
 from tasks.registry import CHAMPION, aliased
 
 if TYPE_CHECKING:

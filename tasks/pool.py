@@ -47,8 +47,8 @@ from tasks import gate, promotion, tracking
 from tasks.controls import PROMPTS, prompt_hashes
 from tasks.evaluation import flat, groups_of
 from tasks.figures import COLOURS, GREY
-from tasks.gate import Check, Receipt
 from tasks.progress import progress, stage
+from tasks.receipt import Check, Receipt
 from tasks.registry import (
     POOL_TAG,
     ROOT,

@@ -28,8 +28,8 @@ from conf.schema import Store
 from serving.score import win_rates_in_clean_process
 from tasks import gate, tracking
 from tasks.aliases import Aliases, Kind, Note
-from tasks.gate import Receipt
 from tasks.progress import stage
+from tasks.receipt import Receipt
 from tasks.registry import (
     CHALLENGER,
     CHAMPION,

@@ -26,8 +26,8 @@ from tasks import controls, gate, tracking
 from tasks.controls import ChampionArm, Training
 from tasks.evaluation import CONTROLS, ORACLE, Comparison, groups_of
 from tasks.figures import arms_figure
-from tasks.gate import Check, Receipt
 from tasks.progress import stage
+from tasks.receipt import Check, Receipt
 from tasks.training import TrainedRouter, latency_ms, timings
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ from tasks import tracking
 from tasks.comparison_report import log_report
 from tasks.evaluation import Comparison, flat, reported_metric
 from tasks.figures import pair_figures
-from tasks.gate import Receipt
 from tasks.labelling import LabelSet
 from tasks.pool import PoolReport, per_1000
 from tasks.preference_collection import CollectedPreferences
 from tasks.progress import stage
+from tasks.receipt import Receipt
 from tasks.warehouse import Snapshot, Warehouse
 
 # Metric → heading, in the tables for people.

@@ -20,9 +20,9 @@ from conf.load import config_digest
 from conf.schema import Evaluation, Store
 from router_models.statistics import Estimate, bootstrap_metrics
 from tasks.evaluation import CONTROLS, COST_COLUMNS, ORACLE, groups_of, saved_usd_per_1000
-from tasks.gate import Receipt
 from tasks.judged_runs import JudgedRun, champion_run, judged_run, parent_of, receipts
 from tasks.progress import stage
+from tasks.receipt import Receipt
 
 # Random's expectation over all draws: the straight line from all-weak to all-strong.
 CHANCE = "a coin"

@@ -98,7 +98,10 @@ def train_router(
         predictions = Warehouse(store.directory).write_snapshot(
             "predictions", _kept_predictions(directory)
         )
-        _log(store, run_id, directory, queries, settings)
+        params = settings.model_dump(mode="json")
+        if battles is not None:
+            params["labels"] = "battles"  # whatever kind of label it would have learnt from
+        _log(store, run_id, directory, queries, params)
         if battles is not None:
             tracking.log_dataset(store, run_id, battles, name=f"battles {queries.pair.name()}")
     return TrainedRouter(
@@ -351,10 +354,10 @@ def timings(router: TrainedRouter) -> dict[str, float]:
 
 
 def _log(
-    store: Store, run_id: str, directory: Path, queries: RatedQueries, settings: RouterSettings
+    store: Store, run_id: str, directory: Path, queries: RatedQueries, params: dict[str, Any]
 ) -> None:
     notes = json.loads((directory / NOTES).read_text())
-    tracking.log_params(store, run_id, settings.model_dump(mode="json"))
+    tracking.log_params(store, run_id, params)
     tracking.log_dataset(store, run_id, queries.labels, name=f"labels {queries.pair.name()}")
     tracking.log_metrics(store, run_id, {key: notes[key] for key in ("fit_seconds", "latency_ms")})
     tracking.client(store).log_artifact(run_id, str(directory / PREDICTIONS), "win_rates")

@@ -38,8 +38,8 @@ from conf.schema import Experiment
 from flows.cli import ENVIRONMENT
 
 if TYPE_CHECKING:
-    from tasks.gate import Receipt
     from tasks.promotion import Aliases
+    from tasks.receipt import Receipt
 
 Query = dict[str, Any]
 

@@ -13,7 +13,7 @@ from conf.llms import Pair
 from conf.load import load_experiment
 from conf.schema import Experiment
 from tasks import gate, tracking
-from tasks.gate import Check, Receipt
+from tasks.receipt import Check, Receipt
 
 PAIR = Pair(weak="small", strong="large")
 KINDS = {"oracle": "oracle", "random": "random", "knn": "knn"}

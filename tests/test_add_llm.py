@@ -26,12 +26,12 @@ from router_models.pool import expected_quality
 from tasks import pool, pool_extension, promotion, tracking
 from tasks.calibration_data import logged_router
 from tasks.controls import prompt_hashes
-from tasks.gate import Check
 from tasks.generation import collect_responses, generate_responses
 from tasks.judged_runs import last_run
 from tasks.pool import PoolReport, rated_pool, route_pool
 from tasks.pool_extension import Extendable, extendable, extended_pool, with_pool
 from tasks.queries import BUNDLED, ingest_queries
+from tasks.receipt import Check
 from tasks.registry import Version
 from tasks.reporting import RunReport
 from tasks.scoring import score_responses

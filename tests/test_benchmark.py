@@ -83,6 +83,8 @@ def test_routers_are_compared_out_of_fold(
     qualities = table["weak_quality"].to_numpy(), table["strong_quality"].to_numpy()
     assert knn["apgr"] == pytest.approx(apgr(table["knn"].to_numpy(), *qualities))
     client = MlflowClient(f"sqlite:///{store_directory / 'mlflow.db'}")
+    run = client.get_run(report.comparison.runs["knn"])
+    assert run.data.params["labels"] == "battles"
     kept = {file.path for file in client.list_artifacts(report.run_id)}
     assert kept >= {"cost_quality.png", "benchmark.md", "benchmark.json", "win_rates"}
     for name, router in found["routers"].items():
@@ -283,6 +285,11 @@ def printed_rows(rows: list[dict[str, str]]) -> str:
     text = StringIO()
     print_table(Console(width=80, file=text), "", rows)
     return text.getvalue()
+
+
+def test_a_benchmark_has_no_kinds_of_labels(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"routers\.knn\.labels is set.*a tie counting half"):
+        settings(tmp_path, tmp_path, "routers.knn.labels=deterministic")
 
 
 def test_routers_are_named(tmp_path: Path) -> None:

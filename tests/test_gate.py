@@ -35,9 +35,10 @@ from tasks.controls import (
 )
 from tasks.evaluation import Comparison
 from tasks.figures import arms_figure
-from tasks.gate import Check, Copies, Receipt
+from tasks.gate import Copies
 from tasks.labelling import RatedQueries
 from tasks.preferences import battle, battle_table
+from tasks.receipt import FIND_THE_LEAK, KEEP_THE_CHAMPION, Check, Receipt
 from tasks.training import TrainedRouter
 from tasks.warehouse import Snapshot, Warehouse
 
@@ -231,10 +232,10 @@ def test_a_receipt_says_what_to_do_first() -> None:
     def steps(*checks: Check, version: str = "3") -> list[str]:
         return replace(receipt(), checks=checks, version=version).next_steps()
 
-    assert steps(too_little) == [gate.KEEP_THE_CHAMPION]
+    assert steps(too_little) == [KEEP_THE_CHAMPION]
     assert steps(slow, unsure, too_little) == [slow.advice, gate.LEARN_MORE]
     # With a leak nothing else that was measured means anything.
-    assert steps(slow, leak, too_little) == [gate.FIND_THE_LEAK]
+    assert steps(slow, leak, too_little) == [FIND_THE_LEAK]
     assert steps(too_little, version="2")[0].startswith("Nothing has to be done.")
 
 

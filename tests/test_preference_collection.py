@@ -17,7 +17,6 @@ from conf.load import load_experiment
 from conf.preferences import Preferences
 from flows.terminal import show_preferences
 from tasks.benchmark import PreferenceReport
-from tasks.gate import Receipt
 from tasks.preference_collection import (
     HELD_OUT,
     CollectedPreferences,
@@ -26,6 +25,7 @@ from tasks.preference_collection import (
 )
 from tasks.preferences import AGAINST_ITSELF, SCHEMA, comparisons
 from tasks.queries import SCHEMA as QUERY_SCHEMA
+from tasks.receipt import Receipt
 from tasks.reporting import battles_page
 from tasks.warehouse import Warehouse
 

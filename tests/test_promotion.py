@@ -36,7 +36,6 @@ from flows.retrain import outcome, retrain
 from router_models.controls import RandomRouter
 from router_models.training_data import Comparisons
 from tasks import gate, promotion, tracking
-from tasks.gate import Check, Receipt
 from tasks.judged_runs import receipts
 from tasks.processes import this_process
 from tasks.promotion import (
@@ -49,6 +48,7 @@ from tasks.promotion import (
     rollback,
     settle,
 )
+from tasks.receipt import Check, Receipt
 from tasks.registry import CHALLENGER, ROLLED_BACK, ROOT, Version, challenge, rolled_back
 from tasks.reporting import Leaderboard, PairReport, RunReport
 

@@ -12,7 +12,7 @@ from conf.schema import Experiment
 from router_models.statistics import bootstrap_metrics, mean_interval
 from tasks.evaluation import Comparison
 from tasks.figures import cost_quality
-from tasks.gate import Receipt
+from tasks.receipt import Receipt
 from tasks.reporting import (
     Leaderboard,
     PairReport,
