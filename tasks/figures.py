@@ -91,7 +91,7 @@ def quality_curves(
             axes.fill_between(100 * BAND_COSTS, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.plot([0, 100], [weak.mean(), strong.mean()], color="black", linewidth=0.8, alpha=0.5)
     _note(axes, f"all {pair.weak}", at=(0, weak.mean()), offset=(10, -5))
-    _note(axes, f"all {pair.strong}", at=(100, strong.mean()), offset=(-4, 8))
+    _note(axes, f"all {pair.strong}", at=(100, strong.mean()), offset=(-4, 22))
     axes.set_xlabel(f"queries sent to {pair.strong}, %")
     axes.set_ylabel(f"mean quality ({metric})")
     bands = f"band: {percent} at each cost by itself" if banded else ""
