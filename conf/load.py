@@ -194,12 +194,13 @@ def load_benchmark(
     settings = {**settings, "routers": [{"router": kind, "name": kind} for kind in kinds]}
     for override in overrides:
         apply_override(settings, override)
-    if labelled := [one["name"] for one in settings["routers"] if "labels" in one]:
+    found = validated(settings, where="the benchmark's options", model=Benchmark)
+    if labelled := [one.name for one in found.routers if "labels" in one.model_fields_set]:
         raise ConfigError(
             f"routers.{labelled[0]}.labels is set. Expected no kind of label: a benchmark's "
             "routers learn from who was right, a tie counting half. Leave it out."
         )
-    return validated(settings, where="the benchmark's options", model=Benchmark)
+    return found
 
 
 @overload

@@ -34,10 +34,10 @@ def add_llm(experiment: AnyExperiment, llm: str) -> RunReport:
         queries = ingest_queries(warehouse, pooled.queries)
         preflight(pooled, queries)
 
-        # The known LLMs' responses are in the warehouse, so that only the new one is asked; of them
-        # too what is missing, such as an answer to a query that was added since.
+        # The known LLMs' responses are in the warehouse, so that only the new one is asked. After
+        # it they are, too, for what is missing, such as answers to queries added since.
         spent_usd = 0.0
-        for one in pooled.llms:
+        for one in sorted(pooled.llms, key=lambda one: one.name != llm):
             asked = generate_responses(
                 warehouse, queries, one, pooled.generation, compute, spent_usd=spent_usd
             )

@@ -48,6 +48,10 @@ class ScoresLLMs(Protocol):
         """Return the scores of ``llms``, (n, len(llms)), natural log-odds."""
 
 
+# Of a difference of two mean qualities.
+ROUNDING = 1e-12
+
+
 @dataclass(frozen=True)
 class PoolPolicy:
     """What each LLM costs, and how much expected quality may be given up to spend less.
@@ -247,10 +251,11 @@ def pool_outcomes(
     for number, (margin, at) in enumerate(zip(margins, chosen, strict=True)):
         gained, spent = means[:, 2 * (count + number)], means[:, 2 * (count + number) + 1]
         single = best_single(single_quality, single_cost, spent)
-        mix = best_mix(single_quality, single_cost, spent)
+        over_coin = gained - best_mix(single_quality, single_cost, spent)
+        over_coin[np.abs(over_coin) < ROUNDING] = 0.0  # an LLM is a mixture with itself
         quality_estimate, cost_estimate, over_single, over_mix = (
             Estimate(float(values[0]), interval(values[1:], level=level))
-            for values in (gained, spent, gained - single, gained - mix)
+            for values in (gained, spent, gained - single, over_coin)
         )
         found.append(
             PoolOutcome(

@@ -70,9 +70,10 @@ def benchmark_data(warehouse: Warehouse, settings: Benchmark) -> BenchmarkData:
     queries, incomplete = _queries(judged, pair)
     left_out += incomplete
     texts = queries["text"].to_pylist()
+    prompts = trained_on["prompt"].to_pylist()
+    copies = _copies([*texts, *prompts])
+    keys, own_keys = copies[: len(texts)], copies[len(texts) :]
     if settings.evaluation_directory is not None:
-        copies = _copies([*texts, *trained_on["prompt"].to_pylist()])
-        keys, own_keys = copies[: len(texts)], copies[len(texts) :]
         split = ["test"] * len(keys)
         own = ~np.isin(own_keys, keys)
         left_out["training prompts that are evaluated too, or nearly"] = int((~own).sum())
@@ -80,8 +81,14 @@ def benchmark_data(warehouse: Warehouse, settings: Benchmark) -> BenchmarkData:
             own[own] = _drawn(own_keys[own].tolist(), settings.train_rows, seed=settings.seed)
         trained_on = trained_on.filter(pa.array(own))
     else:
-        keys = _copies(texts)
-        repeated = len(texts) - len({same_prompt(text) for text in texts})
+        # Rows of files without a column for each LLM are no queries; such battles stay if they copy
+        # none.
+        queried = {same_prompt(text) for text in texts}
+        is_query = np.array([same_prompt(prompt) in queried for prompt in prompts])
+        kept = is_query | ~np.isin(own_keys, keys)
+        left_out["battles on near copies of queries"] = int((~kept).sum())
+        trained_on = trained_on.filter(pa.array(kept))
+        repeated = len(texts) - len(queried)
         nearly = len(keys) - len(set(keys)) - repeated
         left_out["repeated prompts, kept on one side"] = repeated
         left_out["near copies of other prompts, kept on one side"] = nearly
@@ -182,7 +189,7 @@ def _copies(texts: Sequence[str]) -> np.ndarray:
     """Return, for each text, the first one that it is a near copy of, (n,) strings."""
     group = near_copy_groups(texts)
     first = np.unique(group, return_index=True)[1]
-    return np.array([same_prompt(texts[row]) for row in first])[group]
+    return np.array([same_prompt(texts[row]) for row in first], dtype=object)[group]
 
 
 def _drawn(keys: list[str], rows: int, *, seed: int) -> np.ndarray:

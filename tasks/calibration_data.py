@@ -212,8 +212,11 @@ def _several(what: str, pairs: Sequence[str]) -> ConfigError:
     )
 
 
-def logged_rows(store: Store, router: LoggedRouter) -> CalibrationRows:
-    """Return the queries of the router's run that it had not seen when it predicted them."""
+def logged_rows(store: Store, router: LoggedRouter, *, labelled: bool = True) -> CalibrationRows:
+    """Return the queries of the router's run that it had not seen when it predicted them.
+
+    labelled: for a promise about quality, where a prompt counts once; else they are traffic.
+    """
     folder = router.judged_on or f"{router.pair.name()}/{JUDGED}"
     table = needed_table(store, router.parent_id, folder)
     predicted = needed_table(store, router.run_id, "win_rates")
@@ -225,8 +228,10 @@ def logged_rows(store: Store, router: LoggedRouter) -> CalibrationRows:
         condition += "; the served form, trained on all of them, rates new ones as its folds did"
     elif not held_out:
         condition += "; it rates new ones as its folds did: a benchmark registers no router"
-    columns = (table[name].to_numpy() for name in (router.name, "weak_quality", "strong_quality"))
-    (rate, weak, strong), repeated = _once(table["text"].to_pylist(), *columns)
+    names = (router.name, "weak_quality", "strong_quality")
+    (rate, weak, strong), repeated = [table[name].to_numpy() for name in names], ""
+    if labelled:
+        (rate, weak, strong), repeated = _once(table["text"].to_pylist(), rate, weak, strong)
     return CalibrationRows(
         source=f"run {router.parent_id[:8]}",
         win_rate=rate,

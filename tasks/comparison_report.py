@@ -149,6 +149,7 @@ def _figures(found: RunComparison) -> dict[str, "Markup | None"]:
         pair=found.pair,
         metric=found.metric,
         title=f"{len(found.weak)} queries",
+        groups=found.groups,
         seed=found.seed,
     )
     observed = {

@@ -119,13 +119,17 @@ def domain_slices(found: RunComparison, shown: Sequence[Contender]) -> list[Doma
     domain = np.array(found.domain)
     names, sizes = np.unique(domain, return_counts=True)
     own = [str(name) for name in names[np.argsort(-sizes, kind="stable")]]
-    own = [name for name in own if (domain == name).sum() >= FEWEST_QUERIES]
+    own = [name for name in own if _prompts(found, domain == name) >= FEWEST_QUERIES]
     slices = [_slice(found, shown, name, domain == name) for name in own]
     rest = np.setdiff1d(names, own)
     if len(rest):
         title = f"{len(rest)} small domains" if len(rest) > 1 else str(rest[0])
         slices.append(_slice(found, shown, title, np.isin(domain, rest)))
     return slices
+
+
+def _prompts(found: RunComparison, rows: np.ndarray) -> int:
+    return len(np.unique(found.groups[rows]))
 
 
 def _slice(
@@ -141,7 +145,7 @@ def _slice(
     )
     return DomainSlice(
         domain=title,
-        queries=int(rows.sum()),
+        queries=_prompts(found, rows),
         gap=bootstrap.estimate(shown[0].name, "quality_gap", level=found.level),
         apgr={one.name: bootstrap.estimate(one.name, "apgr", level=found.level) for one in shown},
     )

@@ -287,10 +287,9 @@ def champion_arm(store: Store, model: str, version: str, comparison: Comparison)
         known_keys, known_rates = logged["query_key"].to_pylist(), logged["win_rate"].to_pylist()
         known = dict(zip(known_keys, known_rates, strict=True))
     rates = np.array([known.get(key, np.nan) for key in keys], dtype=np.float64)
-    trained_on = _logged(client, run_id, PROMPTS)
+    seen = learnt_prompts(client, run_id)
     new = np.array([], dtype=np.int64)
-    if trained_on is not None:
-        seen = set(trained_on["prompt"].to_pylist())
+    if seen is not None:
         unseen = np.array([prompt not in seen for prompt in prompt_hashes(texts)])
         new = np.flatnonzero(np.isnan(rates) & unseen)
     if len(new):
@@ -307,9 +306,15 @@ def champion_arm(store: Store, model: str, version: str, comparison: Comparison)
         f"scored in a clean process for {len(new)} others"
     )
     if left_out:
-        why = "it was trained on them" if trained_on is not None else "its training is not recorded"
+        why = "it was trained on them" if seen is not None else "its training is not recorded"
         note += f"; {left_out} left out of the comparison, since {why}"
     return ChampionArm(version, rates, f"{note}.")
+
+
+def learnt_prompts(client: "MlflowClient", run_id: str | None) -> frozenset[str] | None:
+    """Return hashes of the prompts that a version learnt from; None where it is not recorded."""
+    table = _logged(client, run_id, PROMPTS)
+    return None if table is None else frozenset(table["prompt"].to_pylist())
 
 
 def _logged(client: "MlflowClient", run_id: str | None, path: str) -> pa.Table | None:

@@ -102,7 +102,7 @@ def compare_routers(
         metric=metric,
         out_of_fold=not _is_held_out(label_set, table),
         runs=runs,
-        label_kinds={router.name: router.settings.labels for router in trained},
+        label_kinds={router.name: router.labels for router in trained},
         table=warehouse.write_snapshot("evaluation", table),
         best=best,
         **judged,

@@ -10,7 +10,7 @@ from conf.llms import Pair
 from router_models.calibration import reliability
 from router_models.frontier import RankedQueries, cost_quality_curve
 from router_models.statistics import Estimate, resamples
-from tasks.evaluation import CONTROLS, ORACLE, Comparison
+from tasks.evaluation import CONTROLS, ORACLE, Comparison, groups_of
 from tasks.labelling import KINDS, LabelSet
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def cost_quality(comparison: Comparison) -> "Figure":
         pair=comparison.pair,
         metric=comparison.metric,
         title=f"Cost and quality on {comparison.queries} {how} queries",
+        groups=groups_of(table),
     )
 
 
@@ -64,11 +65,12 @@ def quality_curves(
     pair: Pair,
     metric: str,
     title: str,
+    groups: np.ndarray,
     seed: int = 0,
 ) -> "Figure":
     """Return cost-quality curves, best APGR first; those ``banded`` thick, with their band.
 
-    kinds: name → kind of router; random, length and oracle are grey.
+    kinds: name → kind of router; random, length and oracle are grey. groups: as for `resamples`.
     """
     figure, axes = _figure(8, 5)
     colours = cycle(COLOURS)
@@ -87,7 +89,9 @@ def quality_curves(
             label=f"{name}  {apgr[name].value:.3f} [{interval.low:.3f}, {interval.high:.3f}]",
         )
         if name in banded:
-            low, high = quality_band(win_rates[name], weak, strong, level=level, seed=seed)
+            low, high = quality_band(
+                win_rates[name], weak, strong, level=level, seed=seed, groups=groups
+            )
             axes.fill_between(100 * BAND_COSTS, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.plot([0, 100], [weak.mean(), strong.mean()], color="black", linewidth=0.8, alpha=0.5)
     _note(axes, f"all {pair.weak}", at=(0, weak.mean()), offset=(10, -5))
@@ -108,6 +112,7 @@ def quality_band(
     level: float,
     replicates: int = BAND_REPLICATES,
     seed: int = 0,
+    groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the ends (101,) of the bootstrap band of a curve at costs 0, 0.01 … 1.
 
@@ -118,7 +123,7 @@ def quality_band(
     drawn = np.array(
         [
             ranked.curve(counts).quality_at(BAND_COSTS)
-            for counts in resamples(len(weak), replicates=replicates, seed=seed)
+            for counts in resamples(len(weak), replicates=replicates, seed=seed, groups=groups)
         ]
     )
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
@@ -206,7 +211,7 @@ def reliability_diagram(label_set: LabelSet, comparison: Comparison) -> "Figure"
         {
             name: (table[name].to_numpy(), 1 - labels[kind].to_numpy()[rows])
             for name, kind in comparison.label_kinds.items()
-            if name not in CONTROLS
+            if name not in CONTROLS and kind in labels.column_names
         }
     )
 

@@ -3,8 +3,9 @@
 The champion's own weights stay as they are, bit for bit; `MatrixFactorizationRouter.add_llm` learns
 the new LLM's vector from its battles against the LLMs that are known. What comes of it is a version
 like any other, judged on queries that neither the champion nor the new vector has seen. Where the
-champion has seen them, which out of fold is the rule, its twins stand in: trained as it was, but
-without the queries they are to choose for, and then taught the new LLM as it is.
+champion has seen them, which out of fold is the rule, its twins stand in: trained without the
+queries they are to choose for, and then taught the new LLM as it is. (An LLM that the champion was
+taught this way earlier is one of those that its twins are trained on.)
 """
 
 from copy import copy
@@ -23,8 +24,7 @@ from router_models.mf import MatrixFactorizationRouter
 from router_models.pool import expected_quality
 from router_models.training_data import Comparisons
 from tasks import tracking
-from tasks.controls import PROMPTS, prompt_hashes
-from tasks.judged_runs import logged_table
+from tasks.controls import learnt_prompts, prompt_hashes
 from tasks.pool import (
     Learnt,
     PoolQueries,
@@ -89,7 +89,12 @@ def extend_pool(
 
 def with_pool(experiment: AnyExperiment, llm: str) -> Experiment:
     """Return an experiment that has a pool and the LLM. Raises ConfigError for one that has not."""
-    if not isinstance(experiment, Experiment) or experiment.pool is None:
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(
+            f"The experiment {experiment.name!r} learns from battles and asks no LLM. Expected one "
+            "with llms and a pool: such a pool can learn one more. Name it with --config."
+        )
+    if experiment.pool is None:
         raise ConfigError(
             f"The experiment {experiment.name!r} has no pool. Expected one: only a router that "
             f"chooses among all LLMs can learn one more. Set pool, such as pool={{margin: 0.05}}, "
@@ -166,11 +171,13 @@ def extended_pool(base: Extendable, rated: PoolQueries, experiment: Experiment) 
     to be watched.
     """
     champion = base.router
-    data, query = pool_battles(rated, weak=champion.weak_, strong=champion.strong_)
+    # A fit names a routed pair, which a pool does not use: any two LLMs that are still asked.
+    others = [llm for llm in rated.llms if llm != base.llm]
+    data, query = pool_battles(rated, weak=others[0], strong=others[-1])
     is_new = np.array([base.llm in pair for pair in zip(data.llm_a, data.llm_b, strict=True)])
     texts = rated.table["text"].to_pylist()
     hashes = np.array(prompt_hashes(texts))
-    seen = _learnt_from(experiment.store, base.version)
+    seen = learnt_prompts(tracking.client(experiment.store), base.version.run_id)
     # A version that did not record it may have learnt from any of them.
     known = np.isin(hashes, list(hashes if seen is None else seen))
 
@@ -214,9 +221,3 @@ def extended_pool(base: Extendable, rated: PoolQueries, experiment: Experiment) 
 
 def _rows(fold: Fold) -> np.ndarray:
     return np.concatenate([fold.train, fold.validation])
-
-
-def _learnt_from(store: Store, version: Version) -> frozenset[str] | None:
-    """Return hashes of the prompts that a version has learnt from; None where that is not known."""
-    table = logged_table(store, version.run_id, str(Path(PROMPTS).parent))
-    return None if table is None else frozenset(table["prompt"].to_pylist())

@@ -394,7 +394,7 @@ def challenge(
     same = tags.get("test_digest") == comparison.test_digest
     digests = "the same test digest" if same else "another test digest than it was judged on"
     return Challenge(
-        check=gate.better_than_champion(gain, settings, queries=len(rows)),
+        check=gate.better_than_champion(gain, settings, queries=len(np.unique(groups_of(table)))),
         also=alike,
         gain=gain,
         champion=arm,

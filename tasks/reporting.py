@@ -21,7 +21,7 @@ from conf.schema import Experiment, GoldMatch, Store
 from router_models.statistics import Estimate, auc_interval, mean_interval
 from tasks import tracking
 from tasks.comparison_report import log_report
-from tasks.evaluation import Comparison, flat, reported_metric
+from tasks.evaluation import Comparison, flat, groups_of, reported_metric
 from tasks.figures import pair_figures
 from tasks.labelling import LabelSet
 from tasks.pool import PoolReport, per_1000
@@ -240,13 +240,21 @@ def _standing(
     ).to_pylist()[0]
     quality = {}
     for metric in metrics:
-        means = warehouse.query(
-            "SELECT avg(value) AS mean FROM read_parquet($scores) "
-            "WHERE llm = $llm AND metric = $metric GROUP BY query_key ORDER BY query_key",
-            {"scores": str(scores.path), "llm": llm.name, "metric": metric},
-        )["mean"].to_numpy()
+        rows = warehouse.query(
+            "SELECT q.text, s.mean FROM read_parquet($queries) q JOIN "
+            "(SELECT query_key, avg(value) AS mean FROM read_parquet($scores) "
+            "WHERE llm = $llm AND metric = $metric GROUP BY query_key) s USING (query_key) "
+            "ORDER BY query_key",
+            {
+                "queries": str(queries.path),
+                "scores": str(scores.path),
+                "llm": llm.name,
+                "metric": metric,
+            },
+        )
         quality[metric] = mean_interval(
-            means,
+            rows["mean"].to_numpy(),
+            groups=groups_of(rows),
             replicates=experiment.evaluation.replicates,
             seed=experiment.seed,
             level=experiment.evaluation.confidence,

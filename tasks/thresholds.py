@@ -109,10 +109,11 @@ def choose_threshold(
     store: Store, router: LoggedRouter, request: ThresholdRequest, *, seed: int
 ) -> ChosenThreshold:
     """Choose a router's threshold on its logged unseen queries, or on a file's."""
+    promised = request.strong_share is None
     if request.data is None:
-        rows = logged_rows(store, router)
+        rows = logged_rows(store, router, labelled=promised)
     else:
-        rows = file_rows(store, router, request.data, labelled=request.strong_share is None)
+        rows = file_rows(store, router, request.data, labelled=promised)
     if request.quality_range is not None:
         rows = replace(rows, quality_range=request.quality_range)
     return chosen(router, rows, request, seed=seed)

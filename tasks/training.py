@@ -40,6 +40,8 @@ EMBEDDINGS = "embeddings"
 PREDICTIONS = "predictions.parquet"
 # On a router's run: the digest of the training it describes, which its folder is called after.
 TRAINING_TAG = "turnout.training_digest"
+# Stands for the kind of label where there is none.
+BATTLES = "battles"
 # Column of queries: the text that a near copy of it counts as when queries are divided.
 COPY = "copy_of"
 
@@ -66,6 +68,8 @@ class TrainedRouter:
     final router, which may have), for every query that is evaluated."""
     digest: str
     reused: bool
+    labels: str
+    """The kind of label it learnt from, or `BATTLES`."""
 
 
 @task(task_run_name="train {settings.name}")
@@ -98,9 +102,8 @@ def train_router(
         predictions = Warehouse(store.directory).write_snapshot(
             "predictions", _kept_predictions(directory)
         )
-        params = settings.model_dump(mode="json")
-        if battles is not None:
-            params["labels"] = "battles"  # whatever kind of label it would have learnt from
+        labels = settings.labels if battles is None else BATTLES
+        params = settings.model_dump(mode="json") | {"labels": labels}
         _log(store, run_id, directory, queries, params)
         if battles is not None:
             tracking.log_dataset(store, run_id, battles, name=f"battles {queries.pair.name()}")
@@ -112,6 +115,7 @@ def train_router(
         predictions=predictions,
         digest=digest,
         reused=reused,
+        labels=labels,
     )
 
 

@@ -144,6 +144,22 @@ def test_near_copies_of_judged_prompts_are_not_learnt_from(
         assert not seen & {bare[row] for row in fold.predicted}
 
 
+def test_battles_of_other_llms_on_near_copies_of_queries_are_left_out(
+    tmp_path: Path, store_directory: Path
+) -> None:
+    folder = answers(tmp_path / "a", 40)
+    rows = list(csv.reader((folder / "capitals.csv").read_text().splitlines()))[1:]
+    with (folder / "others.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", WEAK, "third"])
+        writer.writerows([f"{text}?", True, False] for text, *_ in rows)
+        writer.writerows([f"Who painted picture {row}?", True, False] for row in range(5))
+    pair = {"weak": WEAK, "strong": STRONG}
+    data = benchmark_data.fn(Warehouse(store_directory), settings(folder, store_directory, **pair))
+    assert data.left_out["battles on near copies of queries"] == 20
+    assert data.battles.rows == 40 + 5
+
+
 def test_a_number_of_rows_is_trained_on_and_the_rest_is_judged(
     tmp_path: Path, store_directory: Path
 ) -> None:
@@ -290,6 +306,9 @@ def printed_rows(rows: list[dict[str, str]]) -> str:
 def test_a_benchmark_has_no_kinds_of_labels(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"routers\.knn\.labels is set.*a tie counting half"):
         settings(tmp_path, tmp_path, "routers.knn.labels=deterministic")
+    for nothing in ("routers=3", "routers.knn=null"):
+        with pytest.raises(ConfigError, match="cannot be used"):
+            settings(tmp_path, tmp_path, nothing)
 
 
 def test_routers_are_named(tmp_path: Path) -> None:

@@ -237,6 +237,9 @@ def test_repeated_prompts_promise_no_more_than_one(filled: Filled, tmp_path: Pat
         path = tmp_path / f"{times}.parquet"
         pq.write_table(pa.concat_tables([table] * times), path)
         found.append(chosen_by(filled, max_drop=0.2, data=path))
+    # A share is of the traffic, in which repeats count.
+    share = chosen_by(filled, strong_share=0.4, data=path)
+    assert share.queries == 2000
     once, repeated = found
     assert repeated.queries == once.queries == 200
     assert repeated.threshold == once.threshold

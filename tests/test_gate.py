@@ -490,7 +490,7 @@ def test_a_slow_hour_is_measured_again(tmp_path: Path) -> None:
     rows = Warehouse(tmp_path).write_snapshot("evaluation", pa.table({"text": ["a", "b"]}))
     trained = TrainedRouter(
         name="length", settings=Length(), digest="d", run_id="r",
-        directory=tmp_path / "router", predictions=rows, reused=True,
+        directory=tmp_path / "router", predictions=rows, reused=True, labels="probabilistic",
     )  # fmt: skip
     assert registry.latency(trained, compared(rows), Gate()) < 250
     assert registry.latency(trained, compared(rows), Gate(max_latency_ms=1000)) == 900

@@ -383,6 +383,15 @@ def test_a_pool_that_is_not_shown_to_be_as_good_is_not_promoted() -> None:
     assert worse.complaint == "not shown to be as good as a coin toss between two LLMs"
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_always_the_best_llm_is_as_good_as_a_coin(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    quality, cost = rng.random((200, 4)) + np.array([0.0, 0.1, 0.2, 1.0]), rng.random((200, 4))
+    expected = np.tile([0.0, 0.0, 0.0, 1.0], (200, 1))
+    (outcome,) = pool_outcomes(expected, quality, cost, margins=[0.0], replicates=200)
+    assert no_worse_than_a_coin(outcome.over_mix).passed
+
+
 def test_a_coin_that_saves_a_cent_does_not_pass() -> None:
     rng = np.random.default_rng(2)
     quality = (rng.random((3000, 3)) < [0.5, 0.7, 0.8]).astype(float)

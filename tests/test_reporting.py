@@ -1,6 +1,7 @@
 """What a report says for people: who was left out, at which confidence, against which gold."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +33,8 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     """Sixty queries at a confidence of 90 %."""
     random = np.random.default_rng(0)
     weak, strong = random.random(60), random.random(60) + 0.4
-    columns = {"weak_quality": weak, "strong_quality": strong}
+    columns: dict[str, Any] = {"weak_quality": weak, "strong_quality": strong}
+    columns["text"] = [f"question {row}" for row in range(60)]
     columns |= {name: random.random(60) for name in NAMES}
     rates = {name: columns[name] for name in NAMES}
     bootstrap = bootstrap_metrics(rates, weak, strong, replicates=50, seed=0)
