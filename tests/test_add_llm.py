@@ -227,7 +227,7 @@ def test_twins_stand_in_for_a_champion_that_has_seen_the_queries(
 
     # As after an evaluation out of fold: what is tested is among what it was trained on.
     everything = frozenset(prompt_hashes(tested + taught))
-    monkeypatch.setattr(pool_extension, "_learnt_from", lambda store, version: everything)
+    monkeypatch.setattr(pool_extension, "learnt_prompts", lambda client, run_id: everything)
     seen = extended_pool(base, rated, story.four)
     assert seen.notes[1].startswith("The choices judged are those of twins of version 1, 1 in all")
     assert seen.prompts == everything
