@@ -9,18 +9,21 @@ comes back as `Lost`, and its stage decides what of it is still to be done.
 import logging
 import os
 import socket
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import httpx
 import pyarrow as pa
 from prefect import Task
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterId
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 REACH_S = 5.0  # longest wait for the head to accept a connection
 LOOK_S = 10.0  # how often it is looked whether any node is left, while none reports
+# The last tasks of a stage, and the longest wait for Prefect to know how they ended.
+LAST_TASKS, RECORD_S = 50, 20.0
 
 _log = logging.getLogger(__name__)
 
@@ -122,12 +127,14 @@ class Cluster:
         fresh = iter(()) if shards is None else shards
         free = list(range(slots))
         running: dict[Any, tuple[PrefectRayFuture[Any], Shard, int]] = {}
+        last: deque[UUID] = deque(maxlen=LAST_TASKS)
         while True:
             while free and (shard := again.popleft() if again else next(fresh, None)) is not None:
                 slot = free.pop()
                 future = submit(shard, slot)
                 running[future.wrapped_future] = (future, shard, slot)
             if not running:
+                _until_recorded(last)
                 return
             ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_S)
             if not ended:
@@ -135,6 +142,7 @@ class Cluster:
             for reference in ended:
                 future, shard, slot = running.pop(reference)
                 free.append(slot)
+                last.append(future.task_run_id)
                 yield shard, _outcome(future, shard)
 
     def submit(
@@ -191,6 +199,28 @@ def _report_crash(future: "PrefectRayFuture[Any]", reason: str) -> None:
             client.set_task_run_state(future.task_run_id, Crashed(message=reason), force=True)
     except (PrefectException, httpx.HTTPError, OSError) as error:  # no reason to stop the run
         _log.warning("Prefect was not told of a crash: %s", error)
+
+
+def _until_recorded(task_run_ids: Collection[UUID]) -> None:
+    """Wait until Prefect knows that these tasks ended, which it learns by events a little later.
+
+    Ray ends its processes with the stage, and events that are still in them are lost: Prefect's
+    page would show such a task as running for ever.
+    """
+    if not task_run_ids:
+        return
+    chosen = TaskRunFilter(id=TaskRunFilterId(any_=list(task_run_ids)))
+    deadline = time.monotonic() + RECORD_S
+    try:
+        with get_client(sync_client=True) as client:
+            while time.monotonic() < deadline:
+                runs = client.read_task_runs(task_run_filter=chosen)
+                ended = sum(run.state is not None and run.state.is_final() for run in runs)
+                if ended == len(task_run_ids):
+                    return
+                time.sleep(0.1)
+    except (PrefectException, httpx.HTTPError, OSError) as error:  # no reason to stop the run
+        _log.warning("Prefect was not asked how the last shards ended: %s", error)
 
 
 @contextmanager
