@@ -30,7 +30,7 @@ def add_llm(experiment: AnyExperiment, llm: str) -> RunReport:
     extendable(pooled, llm)
 
     warehouse, compute = Warehouse(pooled.store.directory), pooled.compute
-    with parent_run(pooled, kind=KIND) as run_id:
+    with parent_run(pooled, kind=KIND, name=f"{pooled.name}: add {llm}") as run_id:
         queries = ingest_queries(warehouse, pooled.queries)
         preflight(pooled, queries)
 

@@ -208,10 +208,13 @@ def _ui(store: Store) -> str:
 
 
 @contextmanager
-def parent_run(experiment: AnyExperiment | Benchmark, *, kind: str = "pipeline") -> Iterator[str]:
+def parent_run(
+    experiment: AnyExperiment | Benchmark, *, kind: str = "pipeline", name: str | None = None
+) -> Iterator[str]:
     """Open the run of one flow run and yield its id; it is closed whatever happens.
 
-    A flow run that Prefect retries goes on in the run it had.
+    name: the experiment's, unless another one is given. A flow run that Prefect retries goes on in
+    the run it had.
     """
     from prefect.runtime import flow_run
 
@@ -223,9 +226,9 @@ def parent_run(experiment: AnyExperiment | Benchmark, *, kind: str = "pipeline")
     run_id = None
     if root is not None:
         tags[FLOW_RUN_TAG] = root
-        run_id = _unfinished(store, experiment.name, root)
+        run_id = _unfinished(store, name or experiment.name, root)
     if run_id is None:
-        run = client(store).create_run(experiment_id(store), run_name=experiment.name)
+        run = client(store).create_run(experiment_id(store), run_name=name or experiment.name)
         run_id = run.info.run_id
     _reopen(store, run_id)
     set_tags(store, run_id, tags)

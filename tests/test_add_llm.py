@@ -145,6 +145,12 @@ def story(
         llm.__exit__()
 
 
+def test_its_run_says_what_it_did(story: Story) -> None:
+    run = tracking.client(story.four.store).get_run(story.added.run_id)
+    assert run.info.run_name == "geo: add newcomer"
+    assert run.data.tags["turnout.kind"] == "add-llm"
+
+
 def test_only_the_new_llm_is_asked(story: Story) -> None:
     assert story.before.receipt.verdict() == "promoted", story.before.receipt.to_markdown()
     assert story.asked == {"small": 0, "medium": 0, "large": 0, "newcomer": 150}
