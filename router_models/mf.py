@@ -25,7 +25,7 @@ from router_models.encoders import (
 from router_models.lightning_loop import History, Progress, decaying, train
 from router_models.persistence import not_fitted, read_state, settings_json, write_state
 from router_models.tiers import connected_battles, llm_numbers
-from router_models.training_data import Comparisons
+from router_models.training_data import Comparisons, prompt_groups
 
 WEIGHTS = ("vectors", "projection", "bias", "output")
 # With few battles, batches shrink until an epoch has so many steps, but not below MIN_BATCH.
@@ -313,8 +313,7 @@ def _prior_variance(
 
     All battles on one prompt are left out together. With one prompt it is ``least``.
     """
-    number: dict[str, int] = {}
-    part = np.array([number.setdefault(prompt, len(number)) for prompt in prompts]) % PRIOR_PARTS
+    part = prompt_groups(prompts) % PRIOR_PARTS
     variances = [least * width for width in PRIOR_WIDTHS]
     losses = np.zeros(len(variances))
     for left_out in (part == one for one in np.unique(part)):

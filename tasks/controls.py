@@ -311,6 +311,14 @@ def champion_arm(store: Store, model: str, version: str, comparison: Comparison)
     return ChampionArm(version, rates, f"{note}.")
 
 
+def log_learnt_prompts(client: "MlflowClient", run_id: str, hashes: Iterable[str]) -> None:
+    """Record what a version learnt from, as `prompt_hashes`, with the run that it came of."""
+    with TemporaryDirectory() as directory:
+        file = Path(directory, Path(PROMPTS).name)
+        pq.write_table(pa.table({"prompt": sorted(set(hashes))}), file)
+        client.log_artifact(run_id, str(file), str(Path(PROMPTS).parent))
+
+
 def learnt_prompts(client: "MlflowClient", run_id: str | None) -> frozenset[str] | None:
     """Return hashes of the prompts that a version learnt from; None where it is not recorded."""
     table = _logged(client, run_id, PROMPTS)

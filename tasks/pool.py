@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from prefect import task
 
 from conf.errors import ArtifactError, DataError
@@ -44,7 +43,7 @@ from router_models.statistics import Estimate, Interval, mean_interval
 from router_models.training_data import Comparisons
 from serving.score import win_rates_in_clean_process
 from tasks import gate, promotion, tracking
-from tasks.controls import PROMPTS, prompt_hashes
+from tasks.controls import log_learnt_prompts, prompt_hashes
 from tasks.evaluation import flat, groups_of
 from tasks.figures import COLOURS, GREY
 from tasks.progress import progress, stage
@@ -555,9 +554,7 @@ def _register(
             model_config={"cost_usd": dict(costs)},
             pip_requirements=requirements(settings),
         )
-        file = Path(scratch, Path(PROMPTS).name)
-        pq.write_table(pa.table({"prompt": sorted(learnt.prompts)}), file)
-        client.log_artifact(run_id, str(file), str(Path(PROMPTS).parent))
+        log_learnt_prompts(client, run_id, learnt.prompts)
         tags = {
             "router": settings.name,
             "metric": experiment.quality.label_metric,

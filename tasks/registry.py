@@ -7,12 +7,10 @@ The champion is whatever the alias `champion` points to; `previous` is what it p
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from prefect import task
 
 from conf.errors import ArtifactError
@@ -96,11 +94,8 @@ def register_router(
             input_example=(example, PREDICT_PARAMS),
             pip_requirements=requirements(router.settings),
         )
-        with TemporaryDirectory() as directory:
-            file = Path(directory, Path(controls.PROMPTS).name)
-            hashes = sorted(set(controls.prompt_hashes(training.prompts())))
-            pq.write_table(pa.table({"prompt": hashes}), file)
-            client.log_artifact(router.run_id, str(file), str(Path(controls.PROMPTS).parent))
+        hashes = controls.prompt_hashes(training.prompts())
+        controls.log_learnt_prompts(client, router.run_id, hashes)
         tags = {
             "router": router.name,
             "metric": comparison.metric,
